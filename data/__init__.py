@@ -1,0 +1,1 @@
+"""How documents become batches: tokenise, index, pack. Imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""How state reaches the disk and comes back."""

@@ -1,0 +1,1 @@
+"""What a run looked like: plots and one HTML page."""

@@ -1,0 +1,1 @@
+"""Other ranks: layout, process groups, exchanges. Imports nothing of ours."""

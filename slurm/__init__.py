@@ -1,0 +1,1 @@
+"""Machines: job scripts. Says nothing about the model."""
