@@ -1,0 +1,57 @@
+"""A session: this process joined to its ranks on a device, with its process groups, for as long as the `with` lasts."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from minimax_train.engine.cpu import cpu_for_cuda
+from parallel.groups import Groups, make_groups
+from parallel.layout import Layout
+from parallel.world import Place, joined
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What every verb that runs the model needs to know of the machine."""
+
+    place: Place
+    groups: Groups
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes and prints for all."""
+        return self.place.rank == 0
+
+
+@contextmanager
+def session(device: Device = "cpu", layout: Layout | None = None, place: Place | None = None) -> Iterator[Session]:
+    """Joins the ranks (NCCL on CUDA, gloo on CPU) and makes the groups of `layout`; everything is undone on leaving."""
+    place, layout = place or Place(), layout or Layout()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=r"megatron\..*")  # that Transformer Engine and apex are absent is no news on a CPU
+        warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
+        logging.getLogger("megatron").setLevel(logging.WARNING)  # never higher: some warnings are the only sign of a corrupt checkpoint
+        if device == "cpu":
+            stack.enter_context(cpu_for_cuda())
+        else:
+            torch.cuda.set_device(place.local_rank)
+        stack.enter_context(joined(place, "gloo" if device == "cpu" else "nccl"))
+        groups = make_groups(layout)
+        stack.callback(_forget_groups)
+        yield Session(place=place, groups=groups, device=torch.device(device, *(() if device == "cpu" else (place.local_rank,))))
+
+
+def _forget_groups() -> None:
+    """megatron-core keeps its groups in module state; the next session in this process makes its own."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()

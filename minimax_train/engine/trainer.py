@@ -1,0 +1,145 @@
+"""One training step on megatron-core: DDP, distributed optimizer, schedule."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from minimax_train.engine.session import Session
+from minimax_train.engine.stage import PipelineStage, bare, build_stage
+from minimax_train.model.decoder import Decoder, Row
+from minimax_train.model.experts import Routing
+from minimax_train.plan import Plan
+from parallel.collectives import all_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one optimizer step did, over all ranks."""
+
+    loss: float
+    """Mean cross-entropy, nats per predicted token of the global batch."""
+    predicted_tokens: int
+    auxiliary_loss: float
+    """Mean over rows and layers; 1 at balance."""
+    grad_norm: float
+    """Before clipping."""
+    expert_share: list[list[float]]
+    """Layers x experts: the share of choices each expert got."""
+
+
+class Trainer:
+    """Model, gradients and optimizer of one rank; a step trains on the rank's rows of a global batch."""
+
+    def __init__(self, plan: Plan, session: Session) -> None:
+        self.plan, self.session = plan, session
+        stage = build_stage(plan.model, session, dtype=plan.precision, seed=plan.seed, fp32_head=plan.fp32_head)
+        config = stage.config
+        self.model = DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+            ),
+            stage,
+        )
+        config.no_sync_func, config.finalize_model_grads_func = self.model.no_sync, finalize_model_grads
+        config.grad_sync_func, config.param_sync_func = self.model.start_grad_sync, self.model.start_param_sync
+        self.optimizer = get_megatron_optimizer(_optimizer_config(plan), [self.model])
+        config.grad_scale_func = self.optimizer.scale_loss
+
+    @property
+    def decoder(self) -> Decoder:
+        return bare(self.model)
+
+    def step(self, rows: list[Row], learning_rate: float) -> StepReport:
+        """One optimizer step on this rank's `rows` (the same number on every rank)."""
+        self.model.train()
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = self.plan.optimizer.weight_decay * group["wd_mult"]  # norms are not decayed
+        reports = self._schedule(rows, forward_only=False)
+        _, grad_norm, _ = self.optimizer.step()
+        return self._summarise(reports, float(grad_norm))
+
+    def settle(self) -> None:
+        """Finishes the gather of updated weights: call before weights are read outside `step` (a save, an evaluation)."""
+        self.model.start_param_sync(force_sync=True)
+
+    def _schedule(self, rows: list[Row], *, forward_only: bool) -> list[dict[str, Tensor]]:
+        schedule = get_forward_backward_func()
+        reports: list[dict[str, Tensor]] = schedule(
+            forward_step_func=partial(_forward_step, coefficient=self.plan.auxiliary_loss),
+            data_iterator=iter(rows),
+            model=[self.model],
+            num_microbatches=len(rows),
+            seq_length=len(rows[0].tokens),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return reports
+
+    def _summarise(self, reports: list[dict[str, Tensor]], grad_norm: float) -> StepReport:
+        """Sums over rows and ranks: one small collective a step."""
+        counts = torch.stack([r["tokens_per_expert"] for r in reports]).sum(0).double()
+        scalars = torch.stack([torch.stack([r["loss"].double(), r["predicted"].double(), r["auxiliary"].double()]) for r in reports]).sum(0)
+        packed = torch.cat([scalars, scalars.new_tensor([len(reports)]), counts.flatten()])
+        total = all_sum(packed, self.session.groups.data).cpu()
+        loss, predicted, auxiliary, rows = total[:4].tolist()
+        share = total[4:].view(counts.shape)
+        return StepReport(
+            loss=loss / max(predicted, 1.0),
+            predicted_tokens=int(predicted),
+            auxiliary_loss=auxiliary / rows,
+            grad_norm=grad_norm,
+            expert_share=(share / share.sum(1, keepdim=True)).tolist(),
+        )
+
+
+def _optimizer_config(plan: Plan) -> OptimizerConfig:
+    settings = plan.optimizer
+    bf16 = plan.precision == "bf16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=max(stage.learning_rate.peak for stage in plan.stages),  # set anew every step
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        adam_eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        clip_grad=settings.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+        overlap_param_gather=True,
+    )
+
+
+def _forward_step(rows: Iterator[Row], model: PipelineStage, *, coefficient: float) -> tuple[Tensor, Any]:
+    """One row forward. The loss is a sum over predicted tokens: megatron-core divides by their global number.
+
+    The auxiliary loss is taken per row, the unit that no layout changes, and weighs as much as the row's tokens.
+    """
+    row = next(rows)
+    assert row.labels is not None
+    losses, routings = model(row)
+    predicted = (row.labels >= 0).sum()
+    auxiliary = _mean_auxiliary(routings)
+    total = losses.sum() + coefficient * len(routings) * auxiliary * predicted
+    report = {
+        "loss": losses.detach().sum(),
+        "predicted": predicted,
+        "auxiliary": auxiliary.detach(),
+        "tokens_per_expert": torch.stack([r.tokens_per_expert for r in routings]),
+    }
+    return total, lambda output: (output, predicted.to(torch.int), report)
+
+
+def _mean_auxiliary(routings: list[Routing]) -> Tensor:
+    return torch.stack([r.auxiliary_loss for r in routings]).mean()

@@ -1,0 +1,227 @@
+"""Lightning attention on CPU: linear time, batched matrix products over chunks x heads, forward and backward by hand.
+
+Each document is cut into chunks of at most C tokens. A chunk never crosses a document boundary: a document's last chunk is short
+(scratch rows behind its tokens are zero; nothing is added to the row itself). Within a chunk of n tokens, 0-based i and j, lam = exp(-s)
+(arXiv 2401.04658, algorithms 1 and 2; S is the unscaled state after the last token):
+
+    A_ij = (q_i . k_j) lam^(i-j),  i >= j                  G_ij = (do_i . v_j) lam^(i-j),  i >= j
+    o_i  = sum_j A_ij v_j + lam^(i+1) q_i S                dq_i = sum_j G_ij k_j + lam^(i+1) do_i S^T
+    S'   = lam^n S + sum_j lam^(n-1-j) k_j^T v_j           dk_j = sum_i G_ij q_i + lam^(n-1-j) v_j dS'^T
+    dS   = lam^n dS' + sum_i lam^(i+1) q_i^T do_i          dv_j = sum_i A_ij do_i + lam^(n-1-j) k_j dS'
+
+Chunks are worked on a block at a time, in scratch that is reused: fresh large temporaries cost a page fault per 4 KiB, and products
+on strided views fall back to slow loops. Legend: T tokens, H heads, D head size, n chunks of a block, C chunk size, N documents.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LONGEST_CHUNK = 64  # fastest of 32, 64, 128 in fp32 and bf16 at head size 64
+SHORTEST_CHUNK = 16
+BLOCK_NUMBERS = 1 << 20  # numbers in one scratch tensor: 2,048 tokens of 8 heads x 64
+
+
+def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, bounds: list[int], initial_NHDD: Tensor) -> tuple[Tensor, Tensor]:
+    """One packed row of documents -> (o `[T, H, D]` in q's dtype, the state after each document `[N, H, D, D]`).
+
+    Same function as `lightning.define`, in time linear in T. Products are in q's dtype; states, decays and the sums over chunks in the
+    dtype of the states. Memory beyond the results: scratch of fixed size, and one state a block kept for backward.
+    """
+    return _Attend.apply(q_THD, k_THD, v_THD, slopes_H, bounds, initial_NHDD)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Consecutive tokens of one document: start .. start + length - 1. `opens`, `closes`: it holds the document's first, last token."""
+
+    start: int
+    length: int
+    document: int
+    opens: bool
+    closes: bool
+
+
+def cut(bounds: list[int], size: int) -> Iterator[Chunk]:
+    """The chunks, at most `size` tokens each, of documents bounds[n] .. bounds[n + 1] - 1, in order; an empty document has none."""
+    for document, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for start in range(first, end, size):
+            length = min(size, end - start)
+            yield Chunk(start=start, length=length, document=document, opens=start == first, closes=start + length == end)
+
+
+def chunk_size(bounds: list[int]) -> int:
+    """A power of two near the mean document length, so that scratch rows of many short documents are not mostly empty."""
+    lengths = [end - first for first, end in zip(bounds, bounds[1:], strict=False) if end > first]
+    mean = sum(lengths) // max(len(lengths), 1)
+    return min(LONGEST_CHUNK, max(SHORTEST_CHUNK, 1 << (mean - 1).bit_length() if mean else 0))
+
+
+class _Work:
+    """What both passes share: the blocks of a row, its decays and the scratch, sized for the largest block."""
+
+    def __init__(self, like_THD: Tensor, slopes_H: Tensor, bounds: list[int], dtype: torch.dtype) -> None:
+        _, heads, size = like_THD.shape
+        self.chunk = chunk_size(bounds)
+        chunks = list(cut(bounds, self.chunk))
+        most = max(1, BLOCK_NUMBERS // (self.chunk * heads * size))
+        self.blocks = [chunks[i : i + most] for i in range(0, len(chunks), most)]
+        self.shape = (min(most, len(chunks)), heads, self.chunk, size)
+        self.like, self.state_dtype = like_THD, dtype
+        self.slopes_H11 = slopes_H.to(dtype)[:, None, None]
+        position_C = torch.arange(self.chunk, dtype=dtype)
+        distance_CC = (position_C[:, None] - position_C).clamp(min=0)
+        self.mask_HCC = torch.exp(-self.slopes_H11 * distance_CC).tril()
+        self.query_decay_HC1 = torch.exp(-self.slopes_H11 * (position_C[:, None] + 1))
+
+    def rows(self, *, width: int | None = None) -> Tensor:
+        """Uninitialised scratch [n, H, C, width] in the dtype of q."""
+        return self.like.new_empty((*self.shape[:3], width or self.shape[3]))
+
+    def states(self) -> Tensor:
+        """Uninitialised scratch [n + 1, H, D, D] in the dtype of the states."""
+        n, heads, _, size = self.shape
+        return self.like.new_empty((n + 1, heads, size, size), dtype=self.state_dtype)
+
+    def decays(self, block: list[Chunk]) -> tuple[Tensor, Tensor]:
+        """lam^(n-1-j) `[n, H, C, 1]` and lam^n `[n, H, 1, 1]` for chunks of n tokens."""
+        length_n111 = torch.tensor([chunk.length for chunk in block], dtype=self.state_dtype)[:, None, None, None]
+        position_C1 = torch.arange(self.chunk, dtype=self.state_dtype)[:, None]
+        behind = (length_n111 - 1 - position_C1).clamp(min=0)
+        return torch.exp(-self.slopes_H11 * behind), torch.exp(-self.slopes_H11 * length_n111)
+
+
+def _load(x_THD: Tensor, block: list[Chunk], out_nHCD: Tensor) -> Tensor:
+    """Copies the block's tokens into scratch, zeros behind the last token of a short chunk; returns the part of scratch in use."""
+    out = out_nHCD[: len(block)]
+    size = out.shape[2]
+    if all(chunk.length == size for chunk in block):
+        tokens = x_THD[block[0].start : block[-1].start + size]
+        return out.copy_(tokens.unflatten(0, (-1, size)).transpose(1, 2))
+    for rows, chunk in zip(out, block, strict=True):
+        rows[:, : chunk.length] = x_THD[chunk.start : chunk.start + chunk.length].transpose(0, 1)
+        rows[:, chunk.length :] = 0
+    return out
+
+
+def _store(x_nHCD: Tensor, block: list[Chunk], out_THD: Tensor) -> None:
+    """The inverse of _load: copies the block's tokens from scratch to where they belong."""
+    size = x_nHCD.shape[2]
+    if all(chunk.length == size for chunk in block):
+        out_THD[block[0].start : block[-1].start + size].unflatten(0, (-1, size)).copy_(x_nHCD.transpose(1, 2))
+        return
+    for rows, chunk in zip(x_nHCD, block, strict=True):
+        out_THD[chunk.start : chunk.start + chunk.length] = rows[:, : chunk.length].transpose(0, 1)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """out = a b, or out += a b, batched over the two leading dimensions [n, H]; `out` is contiguous scratch."""
+    flat = out.flatten(0, 1)
+    if add:
+        flat.baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    else:
+        torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=flat)
+    return out
+
+
+def _state_product(a: Tensor, b: Tensor, out_nHDD: Tensor, low_nHDD: Tensor) -> None:
+    """out = a^T b, one state a chunk; in bf16 the product is rounded once, on its way into the fp32 state."""
+    if a.dtype == out_nHDD.dtype:
+        _product(a.mT, b, out_nHDD)
+    else:
+        out_nHDD.copy_(_product(a.mT, b, low_nHDD))
+
+
+def _lower(states_nHDD: Tensor, low_nHDD: Tensor) -> Tensor:
+    """The states as a factor of a product: themselves, or a copy in q's dtype."""
+    return states_nHDD if states_nHDD.dtype == low_nHDD.dtype else low_nHDD.copy_(states_nHDD)
+
+
+def _scan(states: Tensor, decay_nH11: Tensor, block: list[Chunk], initial_NHDD: Tensor, final_NHDD: Tensor | None) -> None:
+    """On entry states[c + 1] is what chunk c alone adds and states[0] what enters the block; on return states[c] enters chunk c."""
+    for c, chunk in enumerate(block):
+        if chunk.opens:
+            states[c] = initial_NHDD[chunk.document]
+        states[c + 1].addcmul_(states[c], decay_nH11[c])
+        if chunk.closes and final_NHDD is not None:
+            final_NHDD[chunk.document] = states[c + 1]
+
+
+def _scan_back(grads: Tensor, decay_nH11: Tensor, block: list[Chunk], final_NHDD: Tensor, initial_NHDD: Tensor) -> None:
+    """The transpose of _scan: grads[c] gains what grads[c + 1], the gradient of the state after chunk c, hands on through c."""
+    for c, chunk in reversed(list(enumerate(block))):
+        if chunk.closes:
+            grads[c + 1] = final_NHDD[chunk.document]
+        grads[c].addcmul_(grads[c + 1], decay_nH11[c])
+        if chunk.opens:
+            initial_NHDD[chunk.document] = grads[c]
+
+
+class _Attend(torch.autograd.Function):
+    """Saves the inputs and the state at each block border; backward rebuilds the rest, one block at a time from the last."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bounds: list[int], initial: Tensor) -> tuple[Tensor, Tensor]:
+        work = _Work(q, slopes, bounds, initial.dtype)
+        o, final = q.new_empty(q.shape), initial.clone()
+        borders = initial.new_empty((len(work.blocks), *initial.shape[1:]))
+        q_rows, k_rows, v_rows, o_rows, scaled = (work.rows() for _ in range(5))
+        scores, states = work.rows(width=work.chunk), work.states()
+        low = states.new_empty(states[1:].shape, dtype=q.dtype)
+        states[0].zero_()
+        for border, block in zip(borders, work.blocks, strict=True):
+            n = len(block)
+            key_decay, decay = work.decays(block)
+            q_n, k_n, v_n = _load(q, block, q_rows), _load(k, block, k_rows), _load(v, block, v_rows)
+            border.copy_(states[0])
+            _state_product(torch.mul(k_n, key_decay, out=scaled[:n]), v_n, states[1 : n + 1], low[:n])
+            _scan(states, decay, block, initial, final)
+            o_n = _product(torch.mul(q_n, work.query_decay_HC1, out=scaled[:n]), _lower(states[:n], low[:n]), o_rows[:n])
+            _product(_product(q_n, k_n.mT, scores[:n]).mul_(work.mask_HCC), v_n, o_n, add=True)
+            _store(o_n, block, o)
+            states[0] = states[n]
+        ctx.save_for_backward(q, k, v, slopes, initial, borders)
+        ctx.bounds = bounds
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor]:
+        q, k, v, slopes, initial, borders = ctx.saved_tensors
+        work = _Work(q, slopes, ctx.bounds, initial.dtype)
+        dq, dk, dv, dinitial = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dfinal.clone()
+        q_rows, k_rows, v_rows, do_rows, keys, scaled, out = (work.rows() for _ in range(7))
+        scores, states, grads = work.rows(width=work.chunk), work.states(), work.states()
+        low = states.new_empty(states[1:].shape, dtype=q.dtype)
+        entering = torch.zeros_like(states[0])
+        for border, block in zip(borders.flip(0), reversed(work.blocks), strict=True):
+            n = len(block)
+            key_decay, decay = work.decays(block)
+            q_n, k_n, v_n, do_n = (
+                _load(x, block, rows) for x, rows in ((q, q_rows), (k, k_rows), (v, v_rows), (do, do_rows))
+            )
+            keys_n, scaled_n, out_n, scores_n, low_n = keys[:n], scaled[:n], out[:n], scores[:n], low[:n]
+            states[0], grads[n] = border, entering
+            torch.mul(k_n, key_decay, out=keys_n)
+            _state_product(keys_n, v_n, states[1 : n + 1], low_n)
+            _scan(states, decay, block, initial, None)
+            _state_product(torch.mul(q_n, work.query_decay_HC1, out=scaled_n), do_n, grads[:n], low_n)
+            _scan_back(grads, decay, block, dfinal, dinitial)
+            entering.copy_(grads[0])
+
+            after = _lower(grads[1 : n + 1], low_n)  # gradient of the state after each chunk
+            _product(keys_n, after, out_n)
+            _product(_product(q_n, k_n.mT, scores_n).mul_(work.mask_HCC).mT, do_n, out_n, add=True)
+            _store(out_n, block, dv)
+            _product(torch.mul(v_n, key_decay, out=scaled_n), after.mT, out_n)
+            _product(_product(do_n, v_n.mT, scores_n).mul_(work.mask_HCC).mT, q_n, out_n, add=True)
+            _store(out_n, block, dk)
+            before = _lower(states[:n], low_n)
+            _product(torch.mul(do_n, work.query_decay_HC1, out=scaled_n), before.mT, out_n)
+            _product(scores_n, k_n, out_n, add=True)
+            _store(out_n, block, dq)
+        return dq, dk, dv, None, None, dinitial

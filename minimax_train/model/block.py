@@ -1,0 +1,54 @@
+"""One layer: mixer and experts, DeepNorm post-norm with the residual taken after the norm (released modeling_minimax_m1.py).
+
+    h = RMS(x);  x = alpha * h + beta * Mixer(h)
+    h = RMS(x);  x = alpha * h + beta * Experts(h)
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from minimax_train.model.config import ModelConfig
+from minimax_train.model.experts import Experts, Routing
+from minimax_train.model.lightning import LightningAttention
+from minimax_train.model.norm import RMSNorm
+from minimax_train.model.parts import Parts
+from minimax_train.model.softmax import SoftmaxAttention
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """Where the documents of a packed row are: the same facts for every layer, derived once per row."""
+
+    cu_seqlens: Tensor
+    """`[documents + 1]` int32: document i is tokens cu_seqlens[i] to cu_seqlens[i+1]."""
+    boundaries: list[int]
+    """The same on the host."""
+    turn: tuple[Tensor, Tensor]
+    """Rotary (cos, sin) at each token's position in its document."""
+
+
+class Block(nn.Module):
+    """Layer `layer` (0-based, counted over the whole model) of its configured kind."""
+
+    def __init__(self, config: ModelConfig, layer: int, parts: Parts) -> None:
+        super().__init__()
+        kind = config.layer_kinds[layer]
+        self.attention = LightningAttention(config, layer, parts) if kind == "lightning" else SoftmaxAttention(config, parts)
+        self.alpha = config.alpha_lightning if kind == "lightning" else config.alpha_softmax
+        self.beta = config.beta_lightning if kind == "lightning" else config.beta_softmax
+        self.alpha_experts, self.beta_experts = config.alpha_experts, config.beta_experts
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
+        self.experts_norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
+        self.experts = Experts(config, parts)
+
+    def forward(self, x_TC: Tensor, documents: Documents) -> tuple[Tensor, Routing]:
+        """`[T, hidden]` -> `[T, hidden]`."""
+        h = self.attention_norm(x_TC)
+        if isinstance(self.attention, LightningAttention):
+            mixed = self.attention(h, documents.cu_seqlens)
+        else:
+            mixed = self.attention(h, documents.turn, documents.boundaries)
+        h = self.experts_norm(self.alpha * h + self.beta * mixed)
+        y, routing = self.experts(h)
+        return self.alpha_experts * h + self.beta_experts * y, routing

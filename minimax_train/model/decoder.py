@@ -1,0 +1,88 @@
+"""The whole model, or the layers of one pipeline stage: embedding, blocks, final norm, head.
+
+Input is one packed row: tokens of several documents end to end, `cu_seqlens` the only truth about where a document starts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minimax_train.kernels.cross_entropy import linear_cross_entropy
+from minimax_train.model.block import Block, Documents
+from minimax_train.model.config import ModelConfig
+from minimax_train.model.experts import Routing
+from minimax_train.model.norm import RMSNorm
+from minimax_train.model.parts import Parts
+from minimax_train.model.rope import rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One packed row of T tokens, on the model's device."""
+
+    tokens: Tensor
+    """`[T]` int64."""
+    positions: Tensor
+    """`[T]` int64, from 0 in every document."""
+    cu_seqlens: Tensor
+    """`[documents + 1]` int32, from 0 to T."""
+    labels: Tensor | None = None
+    """`[T]` int64: the token that follows inside the document, or -100 where none does."""
+
+    @classmethod
+    def of_documents(cls, documents: list[Tensor], device: torch.device | None = None) -> "Row":
+        """Packs whole documents (int64 `[n]` each) into one row, without labels."""
+        lengths = torch.tensor([0] + [len(d) for d in documents])
+        return cls(
+            tokens=torch.cat(documents).to(device),
+            positions=torch.cat([torch.arange(len(d)) for d in documents]).to(device),
+            cu_seqlens=lengths.cumsum(0).to(device=device, dtype=torch.int32),
+        )
+
+
+class Decoder(nn.Module):
+    """Layers `first_layer` up to `last_layer` (exclusive); the first stage owns the embedding, the last one norm and head."""
+
+    def __init__(
+        self, config: ModelConfig, parts: Parts, *, layers: range | None = None, fp32_head: bool = False, rope_base: float = 10_000.0
+    ) -> None:
+        super().__init__()
+        layers = range(config.num_layers) if layers is None else layers
+        self.config, self.fp32_head, self.rope_base = config, fp32_head, rope_base
+        if layers.start == 0:
+            self.embedding = parts.embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})  # keyed by the global layer number
+        if layers.stop == config.num_layers:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
+            self.head = parts.column(config.hidden_size, config.vocab_size)
+
+    def documents(self, row: Row) -> Documents:
+        """The row's borders and rotary angles, derived once for all layers."""
+        turn = rotation(row.positions, self.config.rotary_dim, self.rope_base)
+        return Documents(cu_seqlens=row.cu_seqlens, boundaries=row.cu_seqlens.tolist(), turn=turn)
+
+    def hidden(self, x_TC: Tensor, row: Row) -> tuple[Tensor, list[Routing]]:
+        """Runs this stage's blocks over `[T, hidden]`."""
+        documents, routings = self.documents(row), []
+        for block in self.blocks.values():
+            x_TC, routing = block(x_TC, documents)
+            routings.append(routing)
+        return x_TC, routings
+
+    def losses(self, x_TC: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of every token, `[T]` fp32 nats, 0 where the label is -100; logits exist in chunks only."""
+        return linear_cross_entropy(self.norm(x_TC), self.head.weight, labels, fp32=self.fp32_head)
+
+    def logits(self, row: Row) -> Tensor:
+        """`[T, vocabulary]` for a short row; training uses `losses`."""
+        x, _ = self.hidden(self.embedding(row.tokens), row)
+        x = self.norm(x)
+        return x.float() @ self.head.weight.float().T if self.fp32_head else self.head(x)
+
+    def forward(self, row: Row) -> tuple[Tensor, list[Routing]]:
+        """Losses `[T]` and each layer's routing, for a model in one stage."""
+        if row.labels is None:
+            raise ValueError("the row has no labels: give them, or ask for logits")
+        x, routings = self.hidden(self.embedding(row.tokens), row)
+        return self.losses(x, row.labels), routings

@@ -1,0 +1,49 @@
+"""Lightning attention layer (MiniMax-01, arXiv 2501.08313 section 2; released modeling_minimax_m1.py).
+
+    [q|k|v] = SiLU(W_qkv x)   head-major: for each head its q, then its k, then its v
+    S_t = exp(-s) S_{t-1} + k_t^T v_t,   o_t = q_t S_t      (no scale, no rotary)
+    y = W_o( sigmoid(W_g x) * RMSNorm(o) )                  (one norm over all heads x head_dim channels)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minimax_train.kernels import lightning_attention
+from minimax_train.model.config import ModelConfig
+from minimax_train.model.norm import RMSNorm
+from minimax_train.model.parts import Parts
+
+
+def decay_slopes(heads: int, layer: int, layers: int) -> Tensor:
+    """Slopes s `[heads]`, fp32: per token the state decays by exp(-s). `layer` is the 0-based index among all `layers`.
+
+    s = 2^(-8h/H) * (1 - layer/(layers-1) + 1e-5), h = 1..H, with ALiBi's rule for H that is no power of two (released code).
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    slopes += [2 ** (-4 * (2 * j - 1) / power) for j in range(1, heads - power + 1)]
+    factor = 1 - layer / max(layers - 1, 1) + 1e-5
+    return torch.tensor([s * factor for s in slopes], dtype=torch.float32)
+
+
+class LightningAttention(nn.Module):
+    """One lightning mixer. Slopes are a plain attribute, never a buffer: casts to bf16 must not reach them."""
+
+    def __init__(self, config: ModelConfig, layer: int, parts: Parts) -> None:
+        super().__init__()
+        width = config.attention_size
+        self.head_dim = config.head_dim
+        self.qkv_proj = parts.column(config.hidden_size, 3 * width)
+        self.output_gate = parts.column(config.hidden_size, width)
+        self.norm = RMSNorm(width, config.lightning_norm_eps, parts.dtype, parts.device)
+        self.out_proj = parts.row(width, config.hidden_size)
+        self.slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers).to(parts.device)
+
+    def forward(self, x_TC: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`[T, hidden]` -> `[T, hidden]`; the state starts from zero at every document of `cu_seqlens` `[documents + 1]`."""
+        tokens = x_TC.shape[0]
+        qkv = F.silu(self.qkv_proj(x_TC)).view(1, tokens, -1, 3, self.head_dim)
+        q, k, v = qkv.unbind(3)
+        o, _ = lightning_attention(q, k, v, self.slopes, cu_seqlens=cu_seqlens)
+        return self.out_proj(self.norm(o.reshape(tokens, -1)) * torch.sigmoid(self.output_gate(x_TC)))

@@ -1,0 +1,29 @@
+"""What the model is built from: linears and embeddings that may be sharded, made by the engine.
+
+The model says *which* matrix it needs and how it may be cut; the engine says what makes it (megatron-core's tensor-parallel
+linears). `axis` of a sharded parameter is the dimension cut over the tensor-parallel group.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class Parts(Protocol):
+    """Makers of the model's parameters. Each returned module maps a Tensor to a Tensor."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def column(self, inputs: int, outputs: int) -> nn.Module:
+        """y = x W^T, W `[outputs, inputs]` cut over outputs: `[T, inputs]` -> `[T, outputs / tensor]`."""
+        ...
+
+    def row(self, inputs: int, outputs: int) -> nn.Module:
+        """y = x W^T, W `[outputs, inputs]` cut over inputs: `[T, inputs / tensor]` -> `[T, outputs]`, summed over the group."""
+        ...
+
+    def embedding(self, rows: int, size: int) -> nn.Module:
+        """Lookup in E `[rows, size]`, cut over rows: int64 `[T]` -> `[T, size]`."""
+        ...

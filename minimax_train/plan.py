@@ -1,0 +1,210 @@
+"""A plan: every number of a run, as strict frozen records. `recipe.py` loads, checks and prints it.
+
+Units: lengths and batches in tokens, learning rates per step, RoPE bases without unit. Fields without a source are ours.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from minimax_train.model.config import ModelConfig
+from parallel.layout import Layout
+
+
+def _at_least(owner: str, record: object, **lowest: float) -> None:
+    """Refuses a field of `record` below its lowest value, infinite, or NaN."""
+    for name, low in lowest.items():
+        value = getattr(record, name)
+        if not math.isfinite(value) or value < low:
+            raise ValueError(f"{owner}.{name} is {value}; it must be a finite number, at least {low:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """Warm-up, stable, decay inside one stage (WSD, arXiv 2404.06395): start -> peak, peak, peak -> final over the last tokens."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    peak: float
+    start: float = 0.0
+    warmup_steps: int = 0
+    """Steps over which the rate rises linearly from `start` to `peak`."""
+    final: float = 0.0
+    decay_tokens: int = 0
+    """The stage's last tokens, over which the rate falls from `peak` to `final`."""
+    decay: Literal["linear", "cosine", "exponential"] = "linear"
+
+    def __post_init__(self) -> None:
+        _at_least("learning_rate", self, peak=0, start=0, warmup_steps=0, final=0, decay_tokens=0)
+        if self.decay == "exponential" and self.decay_tokens and not 0 < self.final <= self.peak:
+            raise ValueError(f"learning_rate.final is {self.final}; an exponential decay needs 0 < final <= peak {self.peak}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stretch of training at one length."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    name: str
+    length: int
+    """Tokens in a packed row."""
+    rope_base: float
+    tokens: int
+    """Tokens of the stage; the last batch is filled up."""
+    batch_tokens: int
+    """Tokens in a global batch: a multiple of length."""
+    learning_rate: LearningRate
+
+    def __post_init__(self) -> None:
+        owner = f"stage {self.name!r}"
+        _at_least(owner, self, length=1, rope_base=1, tokens=1, batch_tokens=1)
+        if self.batch_tokens % self.length:
+            raise ValueError(f"{owner}: batch_tokens is {self.batch_tokens}, not a multiple of length {self.length}")
+        rate = self.learning_rate
+        if rate.warmup_steps * self.batch_tokens + rate.decay_tokens > self.steps * self.batch_tokens:
+            raise ValueError(
+                f"{owner}: warm-up of {rate.warmup_steps} steps ({rate.warmup_steps * self.batch_tokens} tokens) and decay of "
+                f"{rate.decay_tokens} tokens do not fit into the stage's {self.steps * self.batch_tokens} tokens"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Packed rows in a global batch."""
+        return self.batch_tokens // self.length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the stage."""
+        return -(-self.tokens // self.batch_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Token files: prefixes of `.bin`/`.idx`/`.json` as `minimax-train data prepare` writes them."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    train: str
+    validation: str
+    prepare: Literal["stdlib"] | None = None
+    """Where the files are missing, make them first: `stdlib` is the running Python's own source files, as FOLDER/train and
+    FOLDER/validation."""
+
+    def __post_init__(self) -> None:
+        train, validation = Path(self.train), Path(self.validation)
+        if self.prepare and (train.parent != validation.parent or (train.name, validation.name) != ("train", "validation")):
+            raise ValueError(
+                f"data.prepare={self.prepare} writes FOLDER/train and FOLDER/validation, but data.train is {self.train} and "
+                f"data.validation {self.validation}: name them so, or set data.prepare=null"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW. Betas and weight decay: MiniMax-01 (arXiv 2501.08313 section 4); eps and the clip are ours (not published)."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer", self, beta1=0, beta2=0, eps=0, weight_decay=0, clip_grad=0)
+        if self.beta1 >= 1 or self.beta2 >= 1:
+            raise ValueError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; they must be below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where the run begins: from drawn weights, or from a checkpoint's."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    checkpoint: str | None = None
+    """A checkpoint folder, as `train` or `convert from-hf` writes it. Its architecture must be the plan's; its RoPE base may only rise."""
+    optimizer: Literal["fresh", "carry"] = "fresh"
+    """`carry` takes the optimizer's moments along too (from a training checkpoint)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """When a checkpoint is written and how many are kept. The end of every stage is always written and kept."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    every_steps: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least("checkpoints", self, every_steps=1, keep=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """When the held-out documents are scored, besides the start and the end of every stage."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    every_steps: int = 100
+    tokens: int = 100_000
+    """At most this many held-out tokens are used (whole rows; at least one)."""
+
+    def __post_init__(self) -> None:
+        _at_least("validation", self, every_steps=1, tokens=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A whole run: the model, its data, and the stages it goes through."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    name: str
+    model: ModelConfig
+    data: Data
+    stages: tuple[Stage, ...]
+    seed: int = 1234
+    device: Literal["cpu", "cuda"] = "cuda"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    fp32_head: bool = False
+    """Multiply the LM head in fp32, as MiniMax-M1 does for its RL (arXiv 2506.13585 section 3.2)."""
+    auxiliary_loss: float = 0.01
+    """Coefficient of the router's balancing loss, which is 1 per layer at balance. Ours: MiniMax's 0.01 multiplies another form."""
+    steps: int | None = None
+    """Upper bound on optimizer steps over the whole run."""
+    layout: Layout = field(default_factory=Layout)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    start: Start = field(default_factory=Start)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    validation: Validation = field(default_factory=Validation)
+
+    def __post_init__(self) -> None:
+        _at_least("plan", self, auxiliary_loss=0)
+        if not self.stages:
+            raise ValueError("stages is empty; a plan needs at least one")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages are called {names}; every stage needs a name of its own")
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"steps is {self.steps}; it must be at least 0")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        planned = sum(stage.steps for stage in self.stages)
+        return planned if self.steps is None else min(planned, self.steps)
+
+    def check_ranks(self, ranks: int) -> None:
+        """Refuses a number of ranks that the layout or a stage's batch does not divide into."""
+        data = self.layout.data(ranks)
+        for stage in self.stages:
+            if stage.rows % data:
+                raise ValueError(
+                    f"stage {stage.name!r}: {stage.rows} rows in a batch (batch_tokens {stage.batch_tokens} / length {stage.length}) "
+                    f"do not divide over {data} data-parallel ranks: change batch_tokens or the ranks"
+                )

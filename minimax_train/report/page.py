@@ -1,0 +1,115 @@
+"""RUN/report/: the page and its plots, written in one piece."""
+
+from base64 import b64encode
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from json import dumps
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from minimax_train.report.canvas import png
+from minimax_train.report.plots import Plot, expert_plot, loss_plot, optimizer_plot, throughput_plot
+from minimax_train.report.position_plot import position_plot
+from minimax_train.report.record import Record, read_record
+from minimax_train.report.summary import Summary, duration, notices, summarize
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A plot as the page needs it: `image` is PNG, None where there is nothing to draw."""
+
+    plot: Plot
+    image: bytes | None
+
+    @property
+    def base64(self) -> str:
+        """The PNG for a data: address."""
+        return b64encode(self.image or b"").decode("ascii")
+
+
+def write_report(run: Path) -> Path:
+    """Writes `run`/report/index.html and report/NAME.png (loss, positions, experts, throughput, optimizer); returns the page's path.
+
+    On return the directory holds this report and nothing else; until then whatever stood there before. The page is one file: plots are
+    in it, nothing is fetched. The same run gives the same bytes. Raises ValueError for a missing or broken file of the run.
+    """
+    record = read_record(run)
+    summary = summarize(record)
+    plots = (
+        loss_plot(record, summary),
+        position_plot(record.name, record.positions),
+        expert_plot(record),
+        throughput_plot(record, summary),
+        optimizer_plot(record),
+    )
+    pictures = [Picture(plot=plot, image=None if plot.figure is None else png(plot.figure)) for plot in plots]
+    page = _render(record, summary, pictures)
+    target = run / "report"
+    with TemporaryDirectory(prefix=".report-", dir=run) as scratch:
+        new = Path(scratch) / "new"
+        new.mkdir()
+        for picture in pictures:
+            if picture.image is not None:
+                (new / f"{picture.plot.name}.png").write_bytes(picture.image)
+        (new / "index.html").write_text(page, encoding="utf-8")
+        _replace(target, new, Path(scratch) / "old")
+    return target / "index.html"
+
+
+def _replace(target: Path, new: Path, old: Path) -> None:
+    """`new` takes the place of `target`, which goes to `old`, and comes back if the renaming fails."""
+    with suppress(FileNotFoundError):
+        target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+
+
+def _render(record: Record, summary: Summary, pictures: list[Picture]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(nats=_nats, change=_change, count=_count, fact=_fact, duration=duration)
+    return environment.get_template("page.html.j2").render(
+        record=record,
+        summary=summary,
+        pictures=pictures,
+        notices=notices(record, summary),
+        facts=_shown(record.facts or {}),
+    )
+
+
+def _shown(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(name.replace("_", " "), value) for name, value in facts.items()]
+
+
+def _nats(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.3f}" if isfinite(value) else "not finite"
+
+
+def _change(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−") if isfinite(value) else "not finite"
+
+
+def _count(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:,.0f}"
+
+
+def _fact(value: object) -> str:
+    if value is None:
+        return "not known"
+    if isinstance(value, bool | str):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else dumps(value, ensure_ascii=False)

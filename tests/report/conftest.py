@@ -1,0 +1,106 @@
+"""A synthetic run directory: three stages of a tiny model on CPU, as a trainer would have written it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+STAGES = (  # name, length, RoPE base, tokens a step, steps, tokens per second
+    ("2K", 2048, 1e4, 4096, 120, 5900),
+    ("8K", 8192, 5e5, 8192, 40, 5400),
+    ("32K", 32768, 1e7, 32768, 10, 3700),
+)
+LAYERS, EXPERTS = 8, 8
+
+PLAN = """name: tiny-stdlib
+seed: 7
+precision: fp32
+model: {hidden: 128, layers: 8}
+stages:
+"""
+
+
+def metrics() -> list[dict[str, Any]]:
+    """Training lines, and a validation line at step 0, in the middle and at the end of each stage."""
+    random = np.random.default_rng(0)
+    lines: list[dict[str, Any]] = []
+    step = tokens = 0
+    lines.append(_validation(random, step, "2K", tokens, 2048, 6.95))
+    for number, (name, length, base, batch, steps, speed) in enumerate(STAGES):
+        for i in range(steps):
+            step, tokens = step + 1, tokens + batch
+            loss = 3.35 + 3.6 * np.exp(-tokens / 110e3) + 0.25 * np.exp(-i / 8) * (number > 0) + random.normal(0, 0.11)
+            pace = speed * random.normal(1, 0.03) * (0.4 if i == 0 else 1)
+            lines.append(
+                {"step": step, "stage": name, "tokens": tokens, "length": length, "rope_base": base, "loss": loss}
+                | {
+                    "auxiliary_loss": 1.02,
+                    "grad_norm": 0.3 + 1.5 * np.exp(-step / 30) + random.gamma(2, 0.05),
+                    "lr": 2e-3 * min(1, step / 20),
+                }
+                | {"tokens_per_second": pace, "mfu": None, "step_seconds": batch / pace}
+                | {"expert_load_max": 1.2 + 2.5 * np.exp(-step / 25) + random.gamma(2, 0.05), "another_key": "kept out"}
+            )
+            if i + 1 in (steps // 2, steps):
+                lines.append(_validation(random, step, name, tokens, length, loss + 0.08))
+    return lines
+
+
+def _validation(random: np.random.Generator, step: int, stage: str, tokens: int, length: int, loss: float) -> dict[str, Any]:
+    load = random.dirichlet(np.full(EXPERTS, 30.0), size=LAYERS)
+    return {"step": step, "stage": stage, "tokens": tokens, "length": length, "validation_loss": loss} | {
+        "validation_tokens": 65536,
+        "expert_load": load.tolist(),
+    }
+
+
+def positions() -> dict[str, Any]:
+    """Loss by position of both extension stages: 256-wide bins; before the stage the loss climbs beyond the previous length."""
+    random = np.random.default_rng(1)
+    stages = []
+    for (_, previous, *_), (name, length, base, *_) in zip(STAGES, STAGES[1:], strict=False):
+        edges = np.arange(0, length + 1, 256)
+        middle = (edges[1:] + edges[:-1]) / 2
+        after = 3.2 + 1.4 * (middle / 64) ** -0.35 + random.normal(0, 0.04, middle.size)
+        before = after + random.normal(0.03, 0.02, middle.size) + np.clip(np.log2(middle / previous), 0, None) * 0.55
+        inside = middle < previous
+        stages.append(
+            {"stage": name, "previous_length": previous, "length": length, "rope_base": base, "documents": 7, "tokens": 7 * length}
+            | {"edges": edges.tolist(), "count": [7 * 256] * middle.size, "before": before.tolist(), "after": after.tolist()}
+            | {"inside": {"before": before[inside].mean(), "after": after[inside].mean()}}
+            | {"beyond": {"before": before[~inside].mean(), "after": after[~inside].mean()}}
+        )
+    return {"stages": stages}
+
+
+FACTS = {"device": "cpu", "ranks": 2, "torch": "2.13.0", "megatron_core": "0.16.1", "backend": "cpu", "unigram_entropy": 5.9123} | {
+    "parameters": 4_512_345,
+    "active_parameters": 2_012_345,
+}
+
+
+def write_run(run: Path, lines: list[dict[str, Any]] | None = None, names: dict[str, str] | None = None) -> Path:
+    """Writes the run into `run`; `names` renames stages everywhere."""
+    (run / "evaluation").mkdir(parents=True)
+    rename = names or {}
+    plan = PLAN
+    for name, length, base, batch, steps, _ in STAGES:
+        plan += f"  - {{name: {json.dumps(rename.get(name, name))}, length: {length}, rope_base: {base}, tokens: {batch * steps}}}\n"
+    (run / "plan.yaml").write_text(plan)
+    renamed = [line | {"stage": rename.get(line["stage"], line["stage"])} for line in lines or metrics()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in renamed))
+    places = positions()
+    for stage in places["stages"]:
+        stage["stage"] = rename.get(stage["stage"], stage["stage"])
+    (run / "evaluation" / "positions.json").write_text(json.dumps(places))
+    (run / "run.json").write_text(json.dumps(FACTS))
+    return run
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """`make_run(lines=None, names=None)` writes the synthetic run and returns its directory."""
+    return lambda **given: write_run(tmp_path / "run", **given)
