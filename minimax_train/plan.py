@@ -11,6 +11,8 @@ from typing import Literal
 from minimax_train.model.config import ModelConfig
 from parallel.layout import Layout
 
+Precision = Literal["fp32", "bf16"]
+
 
 def _at_least(owner: str, record: object, **lowest: float) -> None:
     """Refuses a field of `record` below its lowest value, infinite, or NaN."""
@@ -170,7 +172,7 @@ class Plan:
     stages: tuple[Stage, ...]
     seed: int = 1234
     device: Literal["cpu", "cuda"] = "cuda"
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     fp32_head: bool = False
     """Multiply the LM head in fp32, as MiniMax-M1 does for its RL (arXiv 2506.13585 section 3.2)."""
     auxiliary_loss: float = 0.01

@@ -1,5 +1,6 @@
 """The model as megatron-core's schedules want it, and what one forward step returns."""
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -11,6 +12,7 @@ from minimax_train.model.config import ModelConfig
 from minimax_train.model.decoder import Decoder, Row
 from minimax_train.model.experts import Routing
 from minimax_train.model.initialise import initialise
+from minimax_train.plan import Precision
 
 
 class PipelineStage(MegatronModule):  # type: ignore[misc]
@@ -32,11 +34,9 @@ class PipelineStage(MegatronModule):  # type: ignore[misc]
 
 
 def build_stage(
-    config: ModelConfig, session: Session, *, dtype: str = "fp32", seed: int | None = 0, fp32_head: bool = False, rope_base: float = 10_000.0
+    config: ModelConfig, session: Session, *, dtype: Precision = "fp32", seed: int | None = 0, fp32_head: bool = False, rope_base: float = 10_000.0
 ) -> PipelineStage:
     """The model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
-    import torch
-
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
     parts = MegatronParts(config=megatron, groups=session.groups, device=session.device)

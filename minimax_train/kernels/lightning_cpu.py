@@ -13,7 +13,7 @@ Chunks are worked on a block at a time, in scratch that is reused: fresh large t
 on strided views fall back to slow loops. Legend: T tokens, H heads, D head size, n chunks of a block, C chunk size, N documents.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch.autograd.function import once_differentiable
 
 LONGEST_CHUNK = 64  # fastest of 32, 64, 128 in fp32 and bf16 at head size 64
 SHORTEST_CHUNK = 16
-BLOCK_NUMBERS = 1 << 20  # numbers in one scratch tensor: 2,048 tokens of 8 heads x 64
+BLOCK_NUMBERS = 1 << 18  # numbers in one scratch tensor, 512 tokens of 8 heads x 64: ten of them stay in cache (fastest of 2^16 .. 2^21)
+FEWEST_CHUNKS = 8  # in a block: one state is kept for backward each block, so that wide models keep few
 
 
 def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, bounds: list[int], initial_NHDD: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,14 @@ def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, bounds
     Same function as `lightning.define`, in time linear in T. Products are in q's dtype; states, decays and the sums over chunks in the
     dtype of the states. Memory beyond the results: scratch of fixed size, and one state a block kept for backward.
     """
-    return _Attend.apply(q_THD, k_THD, v_THD, slopes_H, bounds, initial_NHDD)
+    o, final = _Attend.apply(q_THD, k_THD, v_THD, slopes_H, bounds, initial_NHDD)
+    return o, final
+
+
+def attend_silu(qkv_TH3D: Tensor, slopes_H: Tensor, bounds: list[int], initial_NHDD: Tensor) -> tuple[Tensor, Tensor]:
+    """attend(q, k, v, ...) with q, k, v = SiLU(qkv).unbind(2), without three large tensors: SiLU(qkv), its gradient, their stacking."""
+    o, final = _AttendSilu.apply(qkv_TH3D, slopes_H, bounds, initial_NHDD)
+    return o, final
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +76,7 @@ class _Work:
         _, heads, size = like_THD.shape
         self.chunk = chunk_size(bounds)
         chunks = list(cut(bounds, self.chunk))
-        most = max(1, BLOCK_NUMBERS // (self.chunk * heads * size))
+        most = max(FEWEST_CHUNKS, BLOCK_NUMBERS // (self.chunk * heads * size))
         self.blocks = [chunks[i : i + most] for i in range(0, len(chunks), most)]
         self.shape = (min(most, len(chunks)), heads, self.chunk, size)
         self.like, self.state_dtype = like_THD, dtype
@@ -87,6 +95,11 @@ class _Work:
         n, heads, _, size = self.shape
         return self.like.new_empty((n + 1, heads, size, size), dtype=self.state_dtype)
 
+    def low(self) -> Tensor:
+        """Uninitialised scratch [n, H, D, D] in the dtype of q, for states as factors of products."""
+        n, heads, _, size = self.shape
+        return self.like.new_empty((n, heads, size, size))
+
     def decays(self, block: list[Chunk]) -> tuple[Tensor, Tensor]:
         """lam^(n-1-j) `[n, H, C, 1]` and lam^n `[n, H, 1, 1]` for chunks of n tokens."""
         length_n111 = torch.tensor([chunk.length for chunk in block], dtype=self.state_dtype)[:, None, None, None]
@@ -95,27 +108,38 @@ class _Work:
         return torch.exp(-self.slopes_H11 * behind), torch.exp(-self.slopes_H11 * length_n111)
 
 
-def _load(x_THD: Tensor, block: list[Chunk], out_nHCD: Tensor) -> Tensor:
-    """Copies the block's tokens into scratch, zeros behind the last token of a short chunk; returns the part of scratch in use."""
-    out = out_nHCD[: len(block)]
-    size = out.shape[2]
+def _pairs(x_THD: Tensor, block: list[Chunk], rows_nHCD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of equal shape of the same tokens, in the row and in scratch: one pair if every chunk is full, else one a chunk."""
+    size = rows_nHCD.shape[2]
     if all(chunk.length == size for chunk in block):
-        tokens = x_THD[block[0].start : block[-1].start + size]
-        return out.copy_(tokens.unflatten(0, (-1, size)).transpose(1, 2))
-    for rows, chunk in zip(out, block, strict=True):
-        rows[:, : chunk.length] = x_THD[chunk.start : chunk.start + chunk.length].transpose(0, 1)
-        rows[:, chunk.length :] = 0
+        yield x_THD[block[0].start : block[-1].start + size].unflatten(0, (-1, size)).transpose(1, 2), rows_nHCD
+        return
+    for chunk, rows_HCD in zip(block, rows_nHCD.unbind(0), strict=True):
+        yield x_THD[chunk.start : chunk.start + chunk.length].transpose(0, 1), rows_HCD[:, : chunk.length]
+
+
+def _load(x_THD: Tensor, block: list[Chunk], scratch: Tensor, silu: bool) -> Tensor:
+    """Copies the block's tokens (or their SiLU) into scratch, zeros behind a short chunk's; returns the part of scratch in use."""
+    out = scratch[: len(block)]
+    if any(chunk.length < out.shape[2] for chunk in block):
+        out.zero_()
+    for tokens, rows in _pairs(x_THD, block, out):
+        if silu:
+            torch.ops.aten.silu.out(tokens, out=rows)
+        else:
+            rows.copy_(tokens)
     return out
 
 
-def _store(x_nHCD: Tensor, block: list[Chunk], out_THD: Tensor) -> None:
-    """The inverse of _load: copies the block's tokens from scratch to where they belong."""
-    size = x_nHCD.shape[2]
-    if all(chunk.length == size for chunk in block):
-        out_THD[block[0].start : block[-1].start + size].unflatten(0, (-1, size)).copy_(x_nHCD.transpose(1, 2))
+def _store(rows_nHCD: Tensor, block: list[Chunk], out_THD: Tensor, silu_of_THD: Tensor | None = None) -> None:
+    """Copies the block's tokens from scratch to `out_THD`; with `silu_of_THD` x, a gradient of SiLU(x) as the gradient of x."""
+    if silu_of_THD is None:
+        for tokens, rows in _pairs(out_THD, block, rows_nHCD):
+            tokens.copy_(rows)
         return
-    for rows, chunk in zip(x_nHCD, block, strict=True):
-        out_THD[chunk.start : chunk.start + chunk.length] = rows[:, : chunk.length].transpose(0, 1)
+    pairs = zip(_pairs(out_THD, block, rows_nHCD), _pairs(silu_of_THD, block, rows_nHCD), strict=True)
+    for (tokens, rows), (inputs, _) in pairs:
+        torch.ops.aten.silu_backward.grad_input(rows, inputs, grad_input=tokens)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
@@ -161,29 +185,79 @@ def _scan_back(grads: Tensor, decay_nH11: Tensor, block: list[Chunk], final_NHDD
             initial_NHDD[chunk.document] = grads[c]
 
 
+def _forward(qkv: Sequence[Tensor], slopes: Tensor, bounds: list[int], initial: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """o, the final states and the state that enters each block `[blocks, H, D, D]`."""
+    q, k, v = qkv
+    work = _Work(q, slopes, bounds, initial.dtype)
+    o, final = q.new_empty(q.shape), initial.clone()
+    borders = initial.new_empty((len(work.blocks), *initial.shape[1:]))
+    q_rows, k_rows, v_rows, o_rows, scaled = (work.rows() for _ in range(5))
+    scores, states, low = work.rows(width=work.chunk), work.states(), work.low()
+    states[0].zero_()
+    for border, block in zip(borders, work.blocks, strict=True):
+        n = len(block)
+        key_decay, decay = work.decays(block)
+        q_n, k_n, v_n = (_load(x, block, rows, silu) for x, rows in ((q, q_rows), (k, k_rows), (v, v_rows)))
+        border.copy_(states[0])
+        _state_product(torch.mul(k_n, key_decay, out=scaled[:n]), v_n, states[1 : n + 1], low[:n])
+        _scan(states, decay, block, initial, final)
+        o_n = _product(torch.mul(q_n, work.query_decay_HC1, out=scaled[:n]), _lower(states[:n], low[:n]), o_rows[:n])
+        _product(_product(q_n, k_n.mT, scores[:n]).mul_(work.mask_HCC), v_n, o_n, add=True)
+        _store(o_n, block, o)
+        states[0] = states[n]
+    return o, final, borders
+
+
+def _backward(
+    qkv: Sequence[Tensor],
+    slopes: Tensor,
+    bounds: list[int],
+    initial: Tensor,
+    borders: Tensor,
+    do: Tensor,
+    dfinal: Tensor,
+    dqkv: Sequence[Tensor],
+    silu: bool,
+) -> Tensor:
+    """Writes the gradients of q, k, v into `dqkv`, from the last block to the first; returns that of the initial states."""
+    (q, k, v), (dq, dk, dv) = qkv, dqkv
+    work = _Work(q, slopes, bounds, initial.dtype)
+    q_rows, k_rows, v_rows, do_rows, keys, scaled, out = (work.rows() for _ in range(7))
+    scores, states, grads, low = work.rows(width=work.chunk), work.states(), work.states(), work.low()
+    dinitial, entering = dfinal.clone(), torch.zeros_like(states[0])
+    for border, block in zip(borders.flip(0), reversed(work.blocks), strict=True):
+        n = len(block)
+        key_decay, decay = work.decays(block)
+        q_n, k_n, v_n = (_load(x, block, rows, silu) for x, rows in ((q, q_rows), (k, k_rows), (v, v_rows)))
+        do_n = _load(do, block, do_rows, False)
+        keys_n, scaled_n, out_n, scores_n, low_n = keys[:n], scaled[:n], out[:n], scores[:n], low[:n]
+        states[0], grads[n] = border, entering
+        _state_product(torch.mul(k_n, key_decay, out=keys_n), v_n, states[1 : n + 1], low_n)
+        _scan(states, decay, block, initial, None)
+        _state_product(torch.mul(q_n, work.query_decay_HC1, out=scaled_n), do_n, grads[:n], low_n)
+        _scan_back(grads, decay, block, dfinal, dinitial)
+        entering.copy_(grads[0])
+
+        after = _lower(grads[1 : n + 1], low_n)  # gradient of the state after each chunk
+        _product(keys_n, after, out_n)
+        _product(_product(q_n, k_n.mT, scores_n).mul_(work.mask_HCC).mT, do_n, out_n, add=True)
+        _store(out_n, block, dv, v if silu else None)
+        _product(torch.mul(v_n, key_decay, out=scaled_n), after.mT, out_n)
+        _product(_product(do_n, v_n.mT, scores_n).mul_(work.mask_HCC).mT, q_n, out_n, add=True)
+        _store(out_n, block, dk, k if silu else None)
+        before = _lower(states[:n], low_n)  # state that enters each chunk
+        _product(torch.mul(do_n, work.query_decay_HC1, out=scaled_n), before.mT, out_n)
+        _product(scores_n, k_n, out_n, add=True)
+        _store(out_n, block, dq, q if silu else None)
+    return dinitial
+
+
 class _Attend(torch.autograd.Function):
-    """Saves the inputs and the state at each block border; backward rebuilds the rest, one block at a time from the last."""
+    """Saves the inputs and the state at each block border; backward rebuilds the rest block by block."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bounds: list[int], initial: Tensor) -> tuple[Tensor, Tensor]:
-        work = _Work(q, slopes, bounds, initial.dtype)
-        o, final = q.new_empty(q.shape), initial.clone()
-        borders = initial.new_empty((len(work.blocks), *initial.shape[1:]))
-        q_rows, k_rows, v_rows, o_rows, scaled = (work.rows() for _ in range(5))
-        scores, states = work.rows(width=work.chunk), work.states()
-        low = states.new_empty(states[1:].shape, dtype=q.dtype)
-        states[0].zero_()
-        for border, block in zip(borders, work.blocks, strict=True):
-            n = len(block)
-            key_decay, decay = work.decays(block)
-            q_n, k_n, v_n = _load(q, block, q_rows), _load(k, block, k_rows), _load(v, block, v_rows)
-            border.copy_(states[0])
-            _state_product(torch.mul(k_n, key_decay, out=scaled[:n]), v_n, states[1 : n + 1], low[:n])
-            _scan(states, decay, block, initial, final)
-            o_n = _product(torch.mul(q_n, work.query_decay_HC1, out=scaled[:n]), _lower(states[:n], low[:n]), o_rows[:n])
-            _product(_product(q_n, k_n.mT, scores[:n]).mul_(work.mask_HCC), v_n, o_n, add=True)
-            _store(o_n, block, o)
-            states[0] = states[n]
+        o, final, borders = _forward((q, k, v), slopes, bounds, initial, silu=False)
         ctx.save_for_backward(q, k, v, slopes, initial, borders)
         ctx.bounds = bounds
         return o, final
@@ -192,36 +266,25 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor]:
         q, k, v, slopes, initial, borders = ctx.saved_tensors
-        work = _Work(q, slopes, ctx.bounds, initial.dtype)
-        dq, dk, dv, dinitial = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape), dfinal.clone()
-        q_rows, k_rows, v_rows, do_rows, keys, scaled, out = (work.rows() for _ in range(7))
-        scores, states, grads = work.rows(width=work.chunk), work.states(), work.states()
-        low = states.new_empty(states[1:].shape, dtype=q.dtype)
-        entering = torch.zeros_like(states[0])
-        for border, block in zip(borders.flip(0), reversed(work.blocks), strict=True):
-            n = len(block)
-            key_decay, decay = work.decays(block)
-            q_n, k_n, v_n, do_n = (
-                _load(x, block, rows) for x, rows in ((q, q_rows), (k, k_rows), (v, v_rows), (do, do_rows))
-            )
-            keys_n, scaled_n, out_n, scores_n, low_n = keys[:n], scaled[:n], out[:n], scores[:n], low[:n]
-            states[0], grads[n] = border, entering
-            torch.mul(k_n, key_decay, out=keys_n)
-            _state_product(keys_n, v_n, states[1 : n + 1], low_n)
-            _scan(states, decay, block, initial, None)
-            _state_product(torch.mul(q_n, work.query_decay_HC1, out=scaled_n), do_n, grads[:n], low_n)
-            _scan_back(grads, decay, block, dfinal, dinitial)
-            entering.copy_(grads[0])
-
-            after = _lower(grads[1 : n + 1], low_n)  # gradient of the state after each chunk
-            _product(keys_n, after, out_n)
-            _product(_product(q_n, k_n.mT, scores_n).mul_(work.mask_HCC).mT, do_n, out_n, add=True)
-            _store(out_n, block, dv)
-            _product(torch.mul(v_n, key_decay, out=scaled_n), after.mT, out_n)
-            _product(_product(do_n, v_n.mT, scores_n).mul_(work.mask_HCC).mT, q_n, out_n, add=True)
-            _store(out_n, block, dk)
-            before = _lower(states[:n], low_n)
-            _product(torch.mul(do_n, work.query_decay_HC1, out=scaled_n), before.mT, out_n)
-            _product(scores_n, k_n, out_n, add=True)
-            _store(out_n, block, dq)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dinitial = _backward((q, k, v), slopes, ctx.bounds, initial, borders, do, dfinal, (dq, dk, dv), silu=False)
         return dq, dk, dv, None, None, dinitial
+
+
+class _AttendSilu(torch.autograd.Function):
+    """The same for qkv `[T, H, 3, D]` before its SiLU, which backward recomputes."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, slopes: Tensor, bounds: list[int], initial: Tensor) -> tuple[Tensor, Tensor]:
+        o, final, borders = _forward(qkv.unbind(2), slopes, bounds, initial, silu=True)
+        ctx.save_for_backward(qkv, slopes, initial, borders)
+        ctx.bounds = bounds
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor, None, None, Tensor]:
+        qkv, slopes, initial, borders = ctx.saved_tensors
+        dqkv = qkv.new_empty(qkv.shape)
+        dinitial = _backward(qkv.unbind(2), slopes, ctx.bounds, initial, borders, do, dfinal, dqkv.unbind(2), silu=True)
+        return dqkv, None, None, dinitial

@@ -6,9 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from minimax_train.report.record import Record
+from minimax_train.report.words import binary, decimal
 
 # Okabe and Ito's colours, told apart by colour-blind readers; shape and dash say the same again.
 BLUE, ORANGE, VERMILION, GREEN = "#0072B2", "#E69F00", "#C44500", "#009E73"
@@ -20,7 +22,8 @@ _CHARACTER = 0.088  # inches, an average 10 pt character
 
 def sheet(height: float, title: str) -> Figure:
     """A white figure, `height` inches high, with nothing but `title` in it (any characters: $ is no mathematics)."""
-    figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(WIDTH, height), dpi=160, facecolor="white")
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.05))  # inches: room for a marker on the last token
     FigureCanvasAgg(figure)
     figure.suptitle(fit(100, title), x=0.005, ha="left", fontsize=11, color=SOFT, parse_math=False)
     return figure
@@ -48,22 +51,6 @@ def legend(figure: Figure | SubFigure, axes: Axes) -> None:
     """The legend of `axes` in one row below all axes of `figure`, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize=10, frameon=False, labelcolor=INK)
-
-
-def decimal(value: float, _: object = None) -> str:
-    """1,200,000 as 1.2M; 20,000 as 20K (K = 1,000)."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
-
-
-def binary(value: float, _: object = None) -> str:
-    """8192 as 8K (K = 1,024)."""
-    for size, letter in ((2**20, "M"), (2**10, "K")):
-        if value >= size:
-            return f"{value / size:.4g}{letter}"
-    return f"{value:.4g}"
 
 
 def token_axis(axes: Axes, record: Record, *, names: bool) -> None:
@@ -107,8 +94,11 @@ def smooth(y: np.ndarray, stage: np.ndarray, window: int) -> np.ndarray:
         finite = np.isfinite(y[mine])
         total = np.concatenate(([0.0], np.cumsum(np.where(finite, y[mine], 0.0))))
         count = np.concatenate(([0], np.cumsum(finite)))
-        low = np.maximum(np.arange(mine.size) - window // 2, 0)
-        high = np.minimum(np.arange(mine.size) + window // 2 + 1, mine.size)
+        place = np.arange(mine.size)
+        reach = np.minimum(
+            np.minimum(place, place[::-1]), window // 2
+        )  # as far to the left as to the right, or a slope is bent at the ends
+        low, high = place - reach, place + reach + 1
         with np.errstate(invalid="ignore"):
             result[mine] = (total[high] - total[low]) / (count[high] - count[low])
     return result
@@ -126,7 +116,7 @@ def raw_and_smooth(axes: Axes, x: np.ndarray, y: np.ndarray, stage: np.ndarray, 
         by_stage(axes, x, y, stage, label=f"{name}, each step", linewidth=1.6)
         return
     by_stage(axes, x, y, stage, label=f"{name}, each step", linewidth=0.8, alpha=0.45)
-    by_stage(axes, x, smooth(y, stage, window), stage, label=f"{name}, mean of {window} steps", linewidth=2.2)
+    by_stage(axes, x, smooth(y, stage, window), stage, label=f"{name}, mean of {window:,} steps", linewidth=2.2)
 
 
 def by_stage(axes: Axes, x: np.ndarray, y: np.ndarray, stage: np.ndarray, *, label: str = "", linewidth: float, alpha: float = 1) -> None:

@@ -4,19 +4,18 @@ from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from json import dumps
-from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from minimax_train.report import words
 from minimax_train.report.canvas import png
 from minimax_train.report.plots import Plot, expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
-from minimax_train.report.summary import Summary, duration, notices, summarize
+from minimax_train.report.summary import Summary, notices, summarize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,39 +76,18 @@ def _render(record: Record, summary: Summary, pictures: list[Picture]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(nats=_nats, change=_change, count=_count, fact=_fact, duration=duration)
+    for word in (words.nats, words.change, words.count, words.brief, words.duration, words.fact):
+        environment.filters[word.__name__] = word
+    environment.globals["difference"] = words.difference
+    absent = [f"{picture.plot.title}: {picture.plot.absent}" for picture in pictures if picture.image is None]
     return environment.get_template("page.html.j2").render(
         record=record,
         summary=summary,
-        pictures=pictures,
-        notices=notices(record, summary),
+        pictures=[picture for picture in pictures if picture.image is not None],
+        notices=[*notices(record, summary), *absent],
         facts=_shown(record.facts or {}),
     )
 
 
 def _shown(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return [(name.replace("_", " "), value) for name, value in facts.items()]
-
-
-def _nats(value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.3f}" if isfinite(value) else "not finite"
-
-
-def _change(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−") if isfinite(value) else "not finite"
-
-
-def _count(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:,.0f}"
-
-
-def _fact(value: object) -> str:
-    if value is None:
-        return "not known"
-    if isinstance(value, bool | str):
-        return str(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else dumps(value, ensure_ascii=False)

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from minimax_train.report import canvas
-from minimax_train.report.canvas import BLUE, GREEN, INK, ORANGE, VERMILION
+from minimax_train.report.canvas import GREEN, INK, ORANGE, VERMILION
 from minimax_train.report.record import Record
 from minimax_train.report.summary import Summary
+from minimax_train.report.words import decimal, nats
 
 _TOKENS = "tokens trained on (K = 1,000)"
 
@@ -33,7 +34,7 @@ def loss_plot(record: Record, summary: Summary) -> Plot:
     title = "Loss by token"
     training, validation = record.training, record.validation
     if not training.step.size:
-        return Plot(name="loss", title=title, caption="", absent="No training step yet.")
+        return Plot(name="loss", title=title, caption="", absent="no training step yet.")
     figure = canvas.sheet(4.8, f"{record.name}: {title.lower()}")
     axes = figure.add_subplot()
     canvas.style(axes, x=_TOKENS, y="loss (nats per token)")
@@ -54,15 +55,12 @@ def loss_plot(record: Record, summary: Summary) -> Plot:
         name="loss",
         title=title,
         figure=figure,
-        alt=f"Line plot of the training loss over {summary.tokens:,} tokens and {len(record.stages)} stages, with validation losses as "
-        f"diamonds; the last validation loss is {_nats(summary.validation_loss)}, the unigram entropy {_nats(summary.unigram_entropy)}.",
+        alt=f"Line plot of the training loss in nats per token over {summary.tokens:,} tokens and {len(record.stages)} stages, with "
+        f"validation losses as diamonds; the last validation loss is {nats(summary.validation_loss)}, the unigram entropy "
+        f"{nats(summary.unigram_entropy)}.",
         caption="Training loss is on the text being trained on, at the stage's length; diamonds are held-out documents. The unigram "
         "entropy is what a model would reach that knows only how often each token occurs. The smoothed line does not cross stages.",
     )
-
-
-def _nats(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.3f} nats"
 
 
 def expert_plot(record: Record) -> Plot:
@@ -71,7 +69,7 @@ def expert_plot(record: Record) -> Plot:
     over_time = bool(np.isfinite(training.expert_load_max).any())
     heights = [height for height, there in ((4.0, load is not None), (3.2, over_time)) if there]
     if not heights:
-        return Plot(name="experts", title=title, caption="", absent="No line of metrics.jsonl has an expert load.")
+        return Plot(name="experts", title=title, caption="", absent="no line of metrics.jsonl has an expert load.")
     figure = canvas.sheet(sum(heights), f"{record.name}: {title.lower()}")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     alt = []
@@ -136,7 +134,7 @@ def throughput_plot(record: Record, summary: Summary) -> Plot:
     """Tokens per second by token with each stage's mean; MFU below where it was measured."""
     title, training = "Throughput", record.training
     if not training.step.size:
-        return Plot(name="throughput", title=title, caption="", absent="No training step yet.")
+        return Plot(name="throughput", title=title, caption="", absent="no training step yet.")
     mfu = bool(np.isfinite(training.mfu).any())
     figure = canvas.sheet(5.8 if mfu else 4.0, f"{record.name}: {title.lower()}")
     panels = figure.subplots(2 if mfu else 1, 1, sharex=True, squeeze=False, height_ratios=(3, 2) if mfu else None)[:, 0]
@@ -149,7 +147,7 @@ def throughput_plot(record: Record, summary: Summary) -> Plot:
             label = "stage mean" if not number else None
             panels[0].hlines(row.tokens_per_second, *span, color=VERMILION, linewidth=1.8, linestyle=(0, (5, 2)), label=label, zorder=4)
     panels[0].set_ylim(bottom=0)
-    panels[0].yaxis.set_major_formatter(FuncFormatter(canvas.decimal))
+    panels[0].yaxis.set_major_formatter(FuncFormatter(decimal))
     canvas.legend(figure, panels[0])
     if mfu:
         canvas.style(panels[1], x=_TOKENS, y="MFU")
@@ -173,7 +171,7 @@ def optimizer_plot(record: Record) -> Plot:
     """Gradient norm before clipping, and learning rate."""
     title, training = "Gradient norm and learning rate", record.training
     if not training.step.size:
-        return Plot(name="optimizer", title=title, caption="", absent="No training step yet.")
+        return Plot(name="optimizer", title=title, caption="", absent="no training step yet.")
     figure = canvas.sheet(4.8, f"{record.name}: {title.lower()}")
     norm, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     canvas.style(norm, y="gradient norm")
@@ -184,9 +182,9 @@ def optimizer_plot(record: Record) -> Plot:
     canvas.legend(figure, norm)
     canvas.style(rate, x=_TOKENS, y="learning rate")
     canvas.token_axis(rate, record, names=False)
-    rate.plot(training.tokens, np.where(np.isfinite(training.lr), training.lr, np.nan), color=BLUE, linewidth=1.8)
+    canvas.by_stage(rate, training.tokens, training.lr, training.stage, linewidth=1.8)
     rate.set_ylim(bottom=0)
-    rate.yaxis.set_major_formatter(FuncFormatter(canvas.decimal))
+    rate.yaxis.set_major_formatter(FuncFormatter(decimal))
     finite = training.grad_norm[np.isfinite(training.grad_norm)]
     extent = f"from {finite.min():.3g} to {finite.max():.3g}" if finite.size else "never finite"
     return Plot(

@@ -11,6 +11,7 @@ from minimax_train.report import canvas
 from minimax_train.report.canvas import BLUE, INK, RULE, VERMILION
 from minimax_train.report.plots import Plot
 from minimax_train.report.positions import PositionLosses, coarser
+from minimax_train.report.words import binary, change, difference, nats
 
 _TITLE = "Loss by position, before and after extension"
 _COLUMNS = 2
@@ -19,7 +20,7 @@ _COLUMNS = 2
 def position_plot(name: str, positions: tuple[PositionLosses, ...] | None) -> Plot:
     """One panel a stage of the run `name`: loss by position before and after it, change below, previous length as a vertical line."""
     if not positions:
-        absent = "Not evaluated: run `minimax-train evaluate positions RUN`."
+        absent = "not evaluated: run `minimax-train evaluate positions RUN`."
         return Plot(name="positions", title=_TITLE, caption="", absent=absent)
     columns = min(_COLUMNS, len(positions))
     rows = math.ceil(len(positions) / columns)
@@ -29,7 +30,7 @@ def position_plot(name: str, positions: tuple[PositionLosses, ...] | None) -> Pl
         losses = _panel(panel, coarser(stage))
     canvas.legend(figure, losses)
     said = [
-        f"{stage.stage}: beyond {stage.previous_length:,} tokens {stage.beyond_before:.3f} to {stage.beyond_after:.3f} nats"
+        f"{stage.stage}: beyond {stage.previous_length:,} tokens {nats(stage.beyond_before)} to {nats(stage.beyond_after)}"
         for stage in positions
     ]
     return Plot(
@@ -44,7 +45,7 @@ def position_plot(name: str, positions: tuple[PositionLosses, ...] | None) -> Pl
 
 
 def _panel(figure: SubFigure, stage: PositionLosses) -> Axes:
-    losses, change = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
+    losses, changes = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1.4))
     edges = stage.edges.copy()
     if edges[0] <= 0:  # zero has no place on a logarithmic axis: the first bin is drawn one doubling wide
         edges[0] = edges[1] / 2
@@ -54,19 +55,19 @@ def _panel(figure: SubFigure, stage: PositionLosses) -> Axes:
     )
     losses.stairs(stage.before, edges, baseline=None, color=VERMILION, linewidth=1.8, linestyle=(0, (4, 1.5)), label="before the stage")
     losses.stairs(stage.after, edges, baseline=None, color=BLUE, linewidth=2.2, label="after the stage")
-    canvas.style(change, x="position in the document (K = 1,024)", y="change (nats)")
-    difference = stage.after - stage.before
+    canvas.style(changes, x="position in the document (K = 1,024)", y="change (nats)")
+    step = stage.after - stage.before
     for sign, colour in ((-1, BLUE), (1, VERMILION)):
-        change.stairs(np.where(difference * sign > 0, difference, np.nan), edges, fill=True, color=colour, alpha=0.75)
-    change.axhline(0, color=INK, linewidth=1)
-    for axes in (losses, change):
+        changes.stairs(np.where(step * sign > 0, step, np.nan), edges, fill=True, color=colour, alpha=0.75)
+    changes.axhline(0, color=INK, linewidth=1)
+    for axes in (losses, changes):
         _position_axis(axes, edges, stage.previous_length)
     return losses
 
 
 def _changes(stage: PositionLosses) -> str:
-    inside, beyond = stage.inside_after - stage.inside_before, stage.beyond_after - stage.beyond_before
-    return f"change inside {inside:+.3f}, beyond {beyond:+.3f} nats".replace("-", "−")
+    inside = change(difference(stage.inside_before, stage.inside_after))
+    return f"change inside {inside}, beyond {change(difference(stage.beyond_before, stage.beyond_after))} nats"
 
 
 def _position_axis(axes: Axes, edges: np.ndarray, previous_length: int) -> None:
@@ -77,4 +78,4 @@ def _position_axis(axes: Axes, edges: np.ndarray, previous_length: int) -> None:
     axes.axvspan(previous_length, max(edges[-1], previous_length), color=canvas.BANDS[1], linewidth=0, zorder=0)
     axes.xaxis.set_major_locator(LogLocator(base=2, numticks=9))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(canvas.binary))
+    axes.xaxis.set_major_formatter(FuncFormatter(binary))

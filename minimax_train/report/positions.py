@@ -24,10 +24,10 @@ class PositionLosses:
     count: np.ndarray  # [n], tokens in a bin
     before: np.ndarray  # [n]
     after: np.ndarray  # [n]
-    inside_before: float  # positions below previous_length
-    inside_after: float
-    beyond_before: float  # positions from previous_length on
-    beyond_after: float
+    inside_before: float | None  # None: not measured; positions below previous_length
+    inside_after: float | None
+    beyond_before: float | None  # positions from previous_length on
+    beyond_after: float | None
 
 
 def read_positions(value: Any, path: Path) -> tuple[PositionLosses, ...] | None:
@@ -72,9 +72,9 @@ def _stage(stage: dict[str, Any]) -> PositionLosses:
     )
 
 
-def _loss(stage: dict[str, Any], where: str, when: str) -> float:
+def _loss(stage: dict[str, Any], where: str, when: str) -> float | None:
     value = stage[where][when]
-    return float("nan") if value is None else float(value)
+    return None if value is None else float(value)
 
 
 def coarser(stage: PositionLosses, *, per_octave: int = 6) -> PositionLosses:

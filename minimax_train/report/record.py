@@ -182,7 +182,7 @@ def _checked(line: dict[str, Any], where: str, stage_number: Mapping[str, int]) 
     for key in ("step", "tokens"):
         if not math.isfinite(checked[key]) or checked[key] < 0:
             raise ValueError(f"{where}: {key!r} is {line[key]!r}: it must be a count, 0 or more")
-    if line.get("stage") not in stage_number:
+    if line.get("stage") not in list(stage_number):  # a list, so that a value that cannot be hashed is refused too
         raise ValueError(f"{where}: stage {line.get('stage')!r} is not in plan.yaml, which has {', '.join(map(repr, stage_number))}")
     for key in () if validation else _OPTIONAL:
         value = line.get(key)

@@ -1,6 +1,5 @@
 """The figures in the report's tables, and what has to be said beside them."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +64,7 @@ def _stage_row(record: Record, number: int) -> StageRow:
     mine = training.stage == number
     seconds = training.step_seconds[mine]
     timed = np.isfinite(seconds) & np.isfinite(training.tokens_per_second[mine]) & (seconds > 0)
-    losses = record.validation.loss[(record.validation.stage == number) & (record.validation.step > 0)]
+    losses = record.validation.loss[(record.validation.stage == number) & (record.validation.step < 9999)]
     begin, end = record.span(number) or (0.0, 0.0)
     return StageRow(
         name=stage.name,
@@ -109,9 +108,7 @@ def _measuring(record: Record, summary: Summary) -> list[str]:
         said.append("No validation line yet: validation loss and expert load by layer are not measured.")
     if record.training.step.size and not np.isfinite(record.training.mfu).any():
         said.append("MFU (the share of the device's peak) was not measured.")
-    if record.positions is None:
-        said.append("Loss by position: not evaluated: run `minimax-train evaluate positions RUN`.")
-    else:
+    if record.positions is not None:
         evaluated = {stage.stage for stage in record.positions}
         pairs = zip(record.stages, record.stages[1:], strict=False)
         lacking = [later.name for earlier, later in pairs if later.length > earlier.length and later.name not in evaluated]
@@ -141,13 +138,3 @@ def _non_finite(record: Record) -> list[str]:
     if steps.size:
         said.append(f"The gradient norm is not finite at {steps.size} step(s), first at step {steps[0]}: marked × in its plot.")
     return said
-
-
-def duration(seconds: float) -> str:
-    """`seconds` for a reader: 42 s, 12 min 5 s, 3 h 20 min."""
-    if not math.isfinite(seconds):
-        return "not finite"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

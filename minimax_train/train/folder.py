@@ -1,0 +1,90 @@
+"""The run directory: its files, and who may write to it."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from minimax_train.plan import Plan
+from minimax_train.recipe import as_plan, as_tree, as_yaml, differences
+
+CHANGEABLE = ("steps", "checkpoints", "validation", "layout", "name")
+
+
+class RunFolder:
+    """Names of everything under RUN."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.plan = path / "plan.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.facts = path / "run.json"
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.positions = path / "evaluation" / "positions.json"
+        self.logs = path / "logs"
+
+    def require(self) -> "RunFolder":
+        """ValueError where this is no run."""
+        if not self.plan.is_file():
+            raise ValueError(f"{self.path} is not a run: it has no plan.yaml; give the folder that `train --to` wrote")
+        return self
+
+    def load_plan(self) -> Plan:
+        """The plan the run was started with."""
+        self.require()
+        tree: dict[str, Any] = YAML(typ="safe", pure=True).load(self.plan)
+        return as_plan(tree)
+
+    def adopt(self, plan: Plan) -> None:
+        """Makes the folder this plan's: a new run, or the same one going on. ValueError listing what may not change.
+
+        A run may go on with other `steps`, checkpoint and validation intervals, layout and ranks; nothing else.
+        """
+        if self.plan.exists():
+            different = differences(as_tree(plan), as_tree(self.load_plan()))
+            refused = [line for line in different if line.split(":")[0].split(".")[0] not in CHANGEABLE]
+            if refused:
+                raise ValueError(
+                    f"run {self.path} was started with another plan (its own -> yours): {'; '.join(refused)}; use a new --to for a new run"
+                )
+        elif self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()):
+            raise ValueError(f"{self.path} exists and is not a run: choose another --to")
+        for folder in (self.path, self.checkpoints, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        replace_text(self.plan, as_yaml(plan))
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        """`run.json`: what ran where."""
+        replace_text(self.facts, json.dumps(facts, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def owned(run: Path) -> Iterator[None]:
+    """One training process at a time; ValueError where another holds the run. The lock dies with its process."""
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {run}: wait for it, stop it, or choose another --to") from None
+        yield
