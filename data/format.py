@@ -121,7 +121,7 @@ class Sidecar:
     def fingerprint(self) -> str:
         """xxh3-128 (hexadecimal) of what training reads: the tokens, their boundaries and the tokenizer."""
         parts = [self.files[".bin"].xxh3_128, self.files[".idx"].xxh3_128, self.tokenizer_sha256, str(self.eod)]
-        return xxhash.xxh3_128_hexdigest(" ".join(parts))
+        return xxhash.xxh3_128_hexdigest(" ".join(parts).encode())
 
     def dump(self) -> str:
         """The text of PREFIX.json; its last field is a checksum over the others."""
@@ -148,7 +148,7 @@ class Sidecar:
 
 
 def _checksum(fields: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
 
 def length_histogram(lengths: NDArray[np.int32] | NDArray[np.int64]) -> tuple[tuple[int, int, int], ...]:

@@ -57,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = 1024) -> Tokenize
     """
     smallest = 257
     if vocabulary < smallest:
-        raise ValueError(f"vocabulary {vocabulary}: a byte-level tokenizer needs at least {smallest} ids (256 bytes and the end of document)")
+        raise ValueError(f"vocabulary {vocabulary}: a byte-level tokenizer needs at least {smallest} (256 bytes, 1 end of document)")
     engine = tokenizers.Tokenizer(models.BPE())
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
@@ -79,22 +79,23 @@ def _tokenizer(content: bytes, eod: str | None, *, where: str) -> Tokenizer:
     engine.no_truncation()  # a file may carry the limits of the model it was made for
     engine.no_padding()
     engine.encode_special_tokens = True  # the library's name for: special tokens found in the text are encoded as ordinary text
-    name = _end_of_document(engine, eod, where)
+    name, number = _end_of_document(engine, eod, where)
     return Tokenizer(
         content=content,
         sha256=hashlib.sha256(content).hexdigest(),
         vocabulary=max(engine.get_vocab(with_added_tokens=True).values()) + 1,
-        eod=engine.token_to_id(name),
+        eod=number,
         eod_token=name,
         engine=engine,
     )
 
 
-def _end_of_document(engine: tokenizers.Tokenizer, wanted: str | None, where: str) -> str:
+def _end_of_document(engine: tokenizers.Tokenizer, wanted: str | None, where: str) -> tuple[str, int]:
     names = END_OF_DOCUMENT_NAMES if wanted is None else (wanted,)
     for name in names:
-        if engine.token_to_id(name) is not None:
-            return name
+        number = engine.token_to_id(name)
+        if number is not None:
+            return name, number
     there = [token.content for token in engine.get_added_tokens_decoder().values() if token.special]
     shown = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
     raise ValueError(f"{where}: no end-of-document token {' or '.join(names)}; name one of its special tokens: {shown or 'it has none'}")

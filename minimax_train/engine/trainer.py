@@ -26,6 +26,8 @@ class StepReport:
     loss: float
     """Mean cross-entropy, nats per predicted token of the global batch."""
     predicted_tokens: int
+    squares: int
+    """Sum of the documents' squared lengths: what causal attention costs."""
     auxiliary_loss: float
     """Mean over rows and layers; 1 at balance."""
     grad_norm: float
@@ -89,14 +91,15 @@ class Trainer:
     def _summarise(self, reports: list[dict[str, Tensor]], grad_norm: float) -> StepReport:
         """Sums over rows and ranks: one small collective a step."""
         counts = torch.stack([r["tokens_per_expert"] for r in reports]).sum(0).double()
-        scalars = torch.stack([torch.stack([r["loss"].double(), r["predicted"].double(), r["auxiliary"].double()]) for r in reports]).sum(0)
-        packed = torch.cat([scalars, scalars.new_tensor([len(reports)]), counts.flatten()])
-        total = all_sum(packed, self.session.groups.data).cpu()
-        loss, predicted, auxiliary, rows = total[:4].tolist()
-        share = total[4:].view(counts.shape)
+        names = ("loss", "predicted", "auxiliary", "squares", "rows")
+        scalars = torch.stack([torch.stack([r[name].double() for name in names]) for r in reports]).sum(0)
+        total = all_sum(torch.cat([scalars, counts.flatten()]), self.session.groups.data).cpu()
+        loss, predicted, auxiliary, squares, rows = total[: len(names)].tolist()
+        share = total[len(names) :].view(counts.shape)
         return StepReport(
             loss=loss / max(predicted, 1.0),
             predicted_tokens=int(predicted),
+            squares=int(squares),
             auxiliary_loss=auxiliary / rows,
             grad_norm=grad_norm,
             expert_share=(share / share.sum(1, keepdim=True)).tolist(),
@@ -135,6 +138,8 @@ def _forward_step(rows: Iterator[Row], model: PipelineStage, *, coefficient: flo
     report = {
         "loss": losses.detach().sum(),
         "predicted": predicted,
+        "squares": (row.cu_seqlens.diff().double() ** 2).sum(),
+        "rows": predicted.new_ones(()),
         "auxiliary": auxiliary.detach(),
         "tokens_per_expert": torch.stack([r.tokens_per_expert for r in routings]),
     }

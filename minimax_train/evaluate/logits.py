@@ -44,7 +44,8 @@ def read_input_ids(path: Path, vocabulary: int) -> Tensor:
 @torch.no_grad()
 def batch_logits(decoder: Decoder, ids_BT: Tensor) -> Tensor:
     """`[B, T]` -> `[B, T, vocabulary]`; every row is one document."""
-    return torch.stack([decoder.logits(Row.of_documents([ids])) for ids in ids_BT])
+    device = decoder.head.weight.device
+    return torch.stack([decoder.logits(Row.of_documents([ids]).to(device)) for ids in ids_BT])
 
 
 def write_logits(checkpoint: Path, input_ids: Path, final: Path, session: Session, precision: Precision | None) -> list[int]:

@@ -5,7 +5,6 @@ is causal (a token at the end of n sees n, one on average n/2), lightning attent
 and token), so that no choice of chunk or recomputation can inflate a utilisation figure. Training is 3 x forward.
 """
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from minimax_train.model.config import ModelConfig
@@ -65,16 +64,14 @@ def matmul_weights(config: ModelConfig) -> int:
     return count.active - count.norms - lightning_norms + count.lm_head
 
 
-def forward_flops(config: ModelConfig, documents: Iterable[int]) -> float:
-    """FLOPs of one forward pass over documents of the given lengths (tokens), causal inside each document."""
-    lengths = list(documents)
-    tokens, pairs = sum(lengths), sum(n * n for n in lengths) / 2
+def forward_flops(config: ModelConfig, *, tokens: int, squares: int) -> float:
+    """FLOPs of one forward pass over `tokens` in documents whose squared lengths sum to `squares` (one document of n: n and n^2)."""
     lightning, softmax = (config.layer_kinds.count(kind) for kind in ("lightning", "softmax"))
     recurrence = lightning * 4 * config.head_dim * config.attention_size * tokens
-    attention = softmax * 4 * config.attention_size * pairs  # q k^T and p v, 2 FLOPs each per channel and (query, key) pair
+    attention = softmax * 4 * config.attention_size * squares / 2  # q k^T and p v, 2 FLOPs each per channel and (query, key) pair
     return 2.0 * matmul_weights(config) * tokens + recurrence + attention
 
 
-def training_flops(config: ModelConfig, documents: Iterable[int]) -> float:
+def training_flops(config: ModelConfig, *, tokens: int, squares: int) -> float:
     """FLOPs of forward and backward: three times the forward's; recomputation is not counted."""
-    return 3.0 * forward_flops(config, documents)
+    return 3.0 * forward_flops(config, tokens=tokens, squares=squares)

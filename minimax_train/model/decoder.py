@@ -31,13 +31,19 @@ class Row:
     """`[T]` int64: the token that follows inside the document, or -100 where none does."""
 
     @classmethod
-    def of_documents(cls, documents: list[Tensor], device: torch.device | None = None) -> "Row":
-        """Packs whole documents (int64 `[n]` each) into one row, without labels."""
+    def of_documents(cls, documents: list[Tensor]) -> "Row":
+        """Packs whole documents (int64 `[n]` each, on the host) into one row, without labels."""
         lengths = torch.tensor([0] + [len(d) for d in documents])
-        return cls(
-            tokens=torch.cat(documents).to(device),
-            positions=torch.cat([torch.arange(len(d)) for d in documents]).to(device),
-            cu_seqlens=lengths.cumsum(0).to(device=device, dtype=torch.int32),
+        positions = torch.cat([torch.arange(len(d)) for d in documents])
+        return cls(tokens=torch.cat(documents), positions=positions, cu_seqlens=lengths.cumsum(0).to(torch.int32))
+
+    def to(self, device: torch.device) -> "Row":
+        """The same row on another device."""
+        return Row(
+            tokens=self.tokens.to(device),
+            positions=self.positions.to(device),
+            cu_seqlens=self.cu_seqlens.to(device),
+            labels=None if self.labels is None else self.labels.to(device),
         )
 
 

@@ -64,8 +64,8 @@ def _stage_row(record: Record, number: int) -> StageRow:
     mine = training.stage == number
     seconds = training.step_seconds[mine]
     timed = np.isfinite(seconds) & np.isfinite(training.tokens_per_second[mine]) & (seconds > 0)
-    losses = record.validation.loss[(record.validation.stage == number) & (record.validation.step < 9999)]
     begin, end = record.span(number) or (0.0, 0.0)
+    losses = record.validation.loss[(record.validation.stage == number) & (record.validation.tokens > begin)]
     return StageRow(
         name=stage.name,
         length=stage.length,

@@ -1,8 +1,10 @@
 """A synthetic run directory: three stages of a tiny model on CPU, as a trainer would have written it."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -104,3 +106,9 @@ def write_run(run: Path, lines: list[dict[str, Any]] | None = None, names: dict[
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """`make_run(lines=None, names=None)` writes the synthetic run and returns its directory."""
     return lambda **given: write_run(tmp_path / "run", **given)
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """This module: `STAGES`, `LAYERS`, `EXPERTS`, `metrics()`, `positions()`, `write_run(run)`."""
+    return sys.modules[__name__]

@@ -1,0 +1,330 @@
+"""The command line: the only reader of argv and environment.
+
+Exit status: 0 success, 1 failure, 2 bad input, 130 interrupted; bad input and failures are one line on standard error.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from minimax_train.plan import Plan
+from minimax_train.recipe import as_yaml, load_plan
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    verb: Verb = arguments.verb
+    try:
+        return verb(arguments)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if arguments.traceback:
+            raise
+        _say_for_first(f"minimax-train: error: {' '.join(str(error).split())}")
+        bad_input = isinstance(error, (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError))
+        return 2 if bad_input else 1
+    except KeyboardInterrupt:
+        _say_for_first("minimax-train: interrupted; `train` goes on from the last checkpoint when it is called again")
+        return 130
+
+
+def _say_for_first(line: str) -> None:
+    """Ranks agree on errors (collectives.first_does), so one of them speaks."""
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(line, file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minimax-train", description="Train, extend and convert MiniMax-type models.", allow_abbrev=False)
+    parser.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def add(name: str, verb: Verb, about: str, *, to: Any = verbs) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = to.add_parser(name, help=about, description=about, allow_abbrev=False)
+        made.set_defaults(verb=verb)
+        return made
+
+    def group(name: str, about: str) -> Any:
+        return verbs.add_parser(name, help=about, description=about).add_subparsers(metavar="VERB", required=True)
+
+    def recipe(made: argparse.ArgumentParser, *, optional: bool = False) -> argparse.ArgumentParser:
+        about = "MODULE:FUNCTION, such as recipes.tiny:stdlib, or a YAML file"
+        made.add_argument("recipe", metavar="RECIPE", help=about, nargs="?" if optional else None)
+        made.add_argument("--set", metavar="a.b=c", action="append", default=[], dest="settings", help="change one field of the plan")
+        return made
+
+    recipe(add("show", _show, "Print the resolved plan as YAML, which is itself a RECIPE."))
+    counted = recipe(add("count", _count, "Parameters and FLOPs per token, without allocating anything."))
+    counted.add_argument("--json", action="store_true")
+    trained = recipe(add("train", _train, "Run every stage of a plan; goes on by itself where the run stopped."))
+    trained.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder")
+    trained.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
+    trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
+    _add_data(add, group("data", "Token files: prepare, inspect, verify."))
+    _add_convert(add, group("convert", "Hugging Face checkpoints: from-hf, to-hf."))
+    scored = add("logits", _logits, "Logits of given token ids, forward only.")
+    scored.add_argument("checkpoint", metavar="CKPT", type=Path)
+    scored.add_argument("--input-ids", metavar="FILE.safetensors", type=Path, required=True, help="holds `input_ids` [batch, tokens]")
+    scored.add_argument("--to", metavar="FILE.safetensors", type=Path, required=True, help="gets `logits` [batch, tokens, vocabulary]")
+    scored.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute in this precision (default: the checkpoint's)")
+    positions = add("positions", _positions, "Loss by position, before and after each extension stage.", to=group("evaluate", "Judge a run."))
+    positions.add_argument("run", metavar="RUN", type=Path)
+    checkpoints = group("checkpoint", "A run's checkpoints: list, verify.")
+    for name, verb, about in (
+        ("list", _checkpoint_list, "Every checkpoint of a run, and whether it is intact."),
+        ("verify", _checkpoint_verify, "Fail unless every checkpoint of a run (or the one given) is intact."),
+    ):
+        add(name, verb, about, to=checkpoints).add_argument("run", metavar="RUN", type=Path)
+    for name, verb, about in (
+        ("status", _status, "Where a run stands."),
+        ("report", _report, "Write RUN/report/index.html and its plots."),
+    ):
+        made = add(name, verb, about)
+        made.add_argument("run", metavar="RUN", type=Path)
+        if name == "status":
+            made.add_argument("--json", action="store_true")
+    recipe(add("doctor", _doctor, "What this machine has, and whether a plan would run on it."), optional=True)
+    return parser
+
+
+def _add_data(add: Any, to: Any) -> None:
+    prepared = add("prepare", _data_prepare, "Text files, directories and JSONL to token files.", to=to)
+    prepared.add_argument("inputs", metavar="INPUT", nargs="+", type=Path)
+    prepared.add_argument("--tokenizer", metavar="T", type=Path, required=True, help="tokenizer.json, or the folder it is in")
+    prepared.add_argument("--to", metavar="PREFIX", type=Path, required=True, help="writes PREFIX.bin, .idx, .json, .tokenizer.json")
+    prepared.add_argument("--key", default="text", help="the text's key in JSONL lines (default: text)")
+    prepared.add_argument("--eod", help="the tokenizer's end-of-document token (default: the first usual one it has)")
+    prepared.add_argument("--overwrite", action="store_true", help="replace what stands at PREFIX")
+    for name, verb, about in (
+        ("inspect", _data_inspect, "Counts, lengths and samples of token files."),
+        ("verify", _data_verify, "Checksums, pointers and ids of token files."),
+    ):
+        add(name, verb, about, to=to).add_argument("prefix", metavar="PREFIX", type=Path)
+
+
+def _add_convert(add: Any, to: Any) -> None:
+    incoming = add("from-hf", _from_hf, "A Hugging Face folder to a checkpoint.", to=to)
+    incoming.add_argument("folder", metavar="DIR", type=Path)
+    incoming.add_argument("--to", metavar="CKPT", type=Path, required=True)
+    outgoing = add("to-hf", _to_hf, "A checkpoint (or a run's newest) to a Hugging Face folder.", to=to)
+    outgoing.add_argument("checkpoint", metavar="CKPT", type=Path)
+    outgoing.add_argument("--to", metavar="DIR", type=Path, required=True)
+    formats = ("minimax_m1", "minimax_text_01", "minimax")
+    outgoing.add_argument("--format", choices=formats, default="minimax_m1", help="minimax is transformers' own (default: minimax_m1)")
+    outgoing.add_argument("--tokenizer", metavar="FILE", type=Path, help="a tokenizer.json to put beside the weights")
+
+
+def _show(a: argparse.Namespace) -> int:
+    print(as_yaml(load_plan(a.recipe, a.settings)), end="")
+    return 0
+
+
+def _count(a: argparse.Namespace) -> int:
+    from minimax_train.model.count import count_parameters, forward_flops, training_flops
+
+    plan = load_plan(a.recipe, a.settings)
+    counts: dict[str, Any] = dict(count_parameters(plan.model).as_dict())
+    lengths = dict.fromkeys(stage.length for stage in plan.stages)
+    counts["flops_per_token"] = {
+        str(n): {
+            "forward": forward_flops(plan.model, tokens=n, squares=n * n) / n,
+            "training": training_flops(plan.model, tokens=n, squares=n * n) / n,
+        }
+        for n in lengths
+    }
+    if a.json:
+        print(json.dumps(counts, indent=1))
+        return 0
+    for name, value in counts.items():
+        if isinstance(value, int):
+            print(f"{name:24}{value:>20,}")
+    for length, flops in counts["flops_per_token"].items():
+        print(f"GFLOP per token at one document of {int(length):,}: forward {flops['forward'] / 1e9:.4g}, training {flops['training'] / 1e9:.4g}")
+    return 0
+
+
+def _train(a: argparse.Namespace) -> int:
+    from parallel.world import find_place, run_local
+
+    plan = load_plan(a.recipe, a.settings)
+    place = find_place(os.environ)
+    if place is not None and a.ranks not in (None, place.size):
+        raise ValueError(f"--ranks is {a.ranks}, but the launcher started {place.size}: leave --ranks out under torchrun or srun")
+    ranks = place.size if place else a.ranks or 1
+    if ranks < 1:
+        raise ValueError(f"--ranks is {ranks}; it must be at least 1")
+    plan.check_ranks(ranks)
+    _check_device(plan)
+    if place is not None:
+        return _train_rank(place, plan, a.to, a.profile)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks meet on the loopback, whatever the host is called
+    return run_local(_train_as_local, ranks, plan, a.to, a.profile, a.traceback)
+
+
+def _check_device(plan: Plan) -> None:
+    import torch
+
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu to run on the CPU")
+
+
+def _train_rank(place: Any, plan: Plan, run: Path, profile: bool) -> int:
+    from minimax_train.engine.session import session
+
+    with session(plan.device, plan.layout, place) as joined:
+        from minimax_train.train.loop import train
+
+        train(plan, run, joined, profile=profile)
+    return 0
+
+
+def _train_as_local(place: Any, plan: Plan, run: Path, profile: bool, traceback: bool) -> int:
+    """One of --ranks N: errors are told as in `main`, by the first rank."""
+    os.environ["RANK"] = str(place.rank)
+    try:
+        return _train_rank(place, plan, run, profile)
+    except (ValueError, FloatingPointError, OSError) as error:
+        if traceback:
+            raise
+        _say_for_first(f"minimax-train: error: {' '.join(str(error).split())}")
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _data_prepare(a: argparse.Namespace) -> int:
+    from data.prepare import prepare
+    from data.tokenizer import load_tokenizer
+
+    sidecar = prepare(a.inputs, load_tokenizer(a.tokenizer, eod=a.eod), a.to, key=a.key, overwrite=a.overwrite)
+    print(f"{a.to}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens")
+    return 0
+
+
+def _data_inspect(a: argparse.Namespace) -> int:
+    from data.dataset import inspect
+
+    print(inspect(a.prefix))
+    return 0
+
+
+def _data_verify(a: argparse.Namespace) -> int:
+    from data.dataset import verify
+
+    dataset = verify(a.prefix)
+    print(f"{a.prefix}: intact; {dataset.documents:,} documents, {dataset.token_count:,} tokens, every checksum, pointer and id holds")
+    return 0
+
+
+def _from_hf(a: argparse.Namespace) -> int:
+    from minimax_train.engine.session import session
+
+    with session() as alone:
+        from minimax_train.convert.from_hf import from_hf
+        from minimax_train.model.count import count_parameters
+
+        record = from_hf(a.folder, a.to, alone)
+    print(f"{a.to}: {count_parameters(record.model).total:,} parameters in {record.precision}, RoPE base {record.rope_base:g}")
+    return 0
+
+
+def _to_hf(a: argparse.Namespace) -> int:
+    from minimax_train.engine.session import session
+
+    if a.tokenizer is not None and not a.tokenizer.is_file():
+        raise ValueError(f"--tokenizer {a.tokenizer}: no such file")
+    with session() as alone:
+        from minimax_train.checkpoint.store import resolve
+        from minimax_train.convert.to_hf import to_hf
+
+        checkpoint = resolve(a.checkpoint)
+        to_hf(checkpoint, a.to, a.format, alone, tokenizer=a.tokenizer)
+    print(f"{a.to}: {checkpoint} in {a.format} format")
+    return 0
+
+
+def _logits(a: argparse.Namespace) -> int:
+    from minimax_train.engine.session import session
+
+    with session() as alone:
+        from minimax_train.checkpoint.store import resolve
+        from minimax_train.evaluate.logits import write_logits
+
+        precision: Any = {None: None, "float32": "fp32", "bfloat16": "bf16"}[a.dtype]
+        shape = write_logits(resolve(a.checkpoint), a.input_ids, a.to, alone, precision)
+    print(f"{a.to}: logits {shape}")
+    return 0
+
+
+def _positions(a: argparse.Namespace) -> int:
+    from minimax_train.engine.session import session
+
+    with session() as alone:
+        from minimax_train.evaluate.positions import evaluate_positions, positions_table
+
+        print(positions_table(evaluate_positions(a.run, alone)))
+    return 0
+
+
+def _checkpoint_list(a: argparse.Namespace) -> int:
+    return 0 if _print_checkpoints(a.run, only_damaged=False) else 2
+
+
+def _checkpoint_verify(a: argparse.Namespace) -> int:
+    return 0 if _print_checkpoints(a.run, only_damaged=True) else 1
+
+
+def _print_checkpoints(path: Path, *, only_damaged: bool) -> bool:
+    """One line each; True when there is one at least and (when verifying) all are intact."""
+    from minimax_train.checkpoint.manifest import damage
+    from minimax_train.checkpoint.store import checkpoints_in
+
+    inside = path / "checkpoints"
+    found = checkpoints_in(inside) if inside.is_dir() else [path] if (path / "checkpoint.json").is_file() else []
+    if not found:
+        raise ValueError(f"{path} is neither a run with checkpoints nor a checkpoint")
+    wrong = {checkpoint: damage(checkpoint) for checkpoint in found}
+    for checkpoint, problem in wrong.items():
+        print(f"{checkpoint}: {problem or 'intact'}")
+    return not (only_damaged and any(wrong.values()))
+
+
+def _status(a: argparse.Namespace) -> int:
+    from minimax_train.train.status import run_status
+
+    status = run_status(a.run)
+    if a.json:
+        print(json.dumps(status, indent=1))
+    else:
+        for name, value in status.items():
+            print(f"{name.replace('_', ' '):20}{value}")
+    return 0
+
+
+def _report(a: argparse.Namespace) -> int:
+    from minimax_train.report.page import write_report
+    from minimax_train.train.folder import RunFolder
+
+    print(write_report(RunFolder(a.run).require().path))
+    return 0
+
+
+def _doctor(a: argparse.Namespace) -> int:
+    from minimax_train.doctor import examine
+
+    findings = examine()
+    for name, value in findings.items():
+        print(f"{name:24}{value}")
+    if a.recipe:
+        plan = load_plan(a.recipe, a.settings)
+        _check_device(plan)
+        print(f"{'plan':24}{plan.name}: loads, fits device {plan.device}; {plan.total_steps} steps in {len(plan.stages)} stages")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The training loop, top to bottom: open the run, go through the stages, write what happened."""
+
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.batches import TrainingRows
+from minimax_train.checkpoint.record import Progress, Record
+from minimax_train.checkpoint.store import folder_of, prune, save
+from minimax_train.engine.session import Session
+from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
+from minimax_train.engine.trainer import StepReport, Trainer
+from minimax_train.model.count import count_parameters, training_flops
+from minimax_train.plan import Plan, Stage
+from minimax_train.train.folder import RunFolder, owned
+from minimax_train.train.metrics import Metrics
+from minimax_train.train.peak import peak_flops
+from minimax_train.train.resume import Opening, open_data, open_run, restore
+from minimax_train.train.rows import to_row
+from minimax_train.train.schedule import learning_rate
+from minimax_train.train.validate import Score, score, unigram_entropy, validation_rows
+from parallel.collectives import first_does
+
+
+def train(plan: Plan, run: Path, session: Session, *, profile: bool = False) -> Progress:
+    """Runs the plan's stages in `run`, from its newest good checkpoint; returns where it stopped. All ranks call it.
+
+    ValueError on bad input, before anything is written; OSError when the disk refuses a checkpoint; FloatingPointError when the loss
+    or the gradient stops being a number.
+    """
+    with ExitStack() as stack:
+        first_does(lambda: _own(stack, run), session.groups.world)
+        opening: Opening = first_does(lambda: open_run(plan, RunFolder(run)), session.groups.world)
+        return _Run(plan, RunFolder(run), session, opening).go(profile=profile)
+
+
+def _own(stack: ExitStack, run: Path) -> None:
+    existed = run.exists()
+    stack.enter_context(owned(run))
+    if not existed:
+        stack.callback(_remove_if_unused, run)
+
+
+def _remove_if_unused(run: Path) -> None:
+    """A folder that only bad input made goes away again."""
+    if [p.name for p in run.iterdir()] == ["lock"]:
+        (run / "lock").unlink()
+        run.rmdir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Peak:
+    """The machine's FLOP/s, all ranks together."""
+
+    flops: float | None
+    source: str
+
+
+class _Run:
+    """One process's part in a run: the state that goes through the loop."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening) -> None:
+        self.plan, self.folder, self.session = plan, folder, session
+        self.train_data, validation_data = open_data(plan)
+        lengths = {stage.length for stage in plan.stages}
+        self.held_out = {length: validation_rows(validation_data, length, plan.validation.tokens) for length in lengths}
+        self.trainer = Trainer(plan, session)
+        restore(self.trainer, opening, plan)
+        self.progress = opening.progress
+        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        flops, source = peak_flops(session.device, dtype)
+        self.peak = _Peak(flops=None if flops is None else flops * session.groups.size, source=source)
+        self.metrics: Metrics | None = None
+        if session.is_first:
+            self.folder.write_facts(self._facts())
+            self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
+            for note in opening.notes:
+                self.metrics.say(note)
+
+    def go(self, *, profile: bool) -> Progress:
+        """Every stage that is left."""
+        with ExitStack() as stack:
+            if self.metrics is not None:
+                stack.callback(self.metrics.close)
+            tick = stack.enter_context(_profiled(self.folder, self.session.place.rank, wanted=profile))
+            while self.progress.stage < len(self.plan.stages) and self.progress.step < self.plan.total_steps:
+                self._stage(self.plan.stages[self.progress.stage], tick)
+        return self.progress
+
+    def _stage(self, stage: Stage, tick: Any) -> None:
+        """The steps that are left of one stage."""
+        self.trainer.decoder.rope_base = stage.rope_base
+        data = self.session.groups.data
+        source = TrainingRows(self.train_data, seed=self.plan.seed, length=stage.length, offset=self._stage_offset())
+        if self.progress.step == 0:
+            self._validate(stage)
+        for step in range(self.progress.stage_step, stage.steps):
+            if self.progress.step >= self.plan.total_steps:
+                return
+            begin = time.perf_counter()
+            samples = range(step * stage.rows + data.rank(), (step + 1) * stage.rows, data.size())
+            rows = [to_row(source.row(sample), self.session.device) for sample in samples]
+            rate = learning_rate(stage, step)
+            report = self.trainer.step(rows, rate)
+            self._advance(stage)
+            self._write_step(stage, report, rate, time.perf_counter() - begin)
+            tick()
+            self._after_step(stage, ended=step + 1 == stage.steps)
+
+    def _stage_offset(self) -> int:
+        """Tokens of the stages before: where this one's stream of documents begins."""
+        return sum(stage.steps * stage.batch_tokens for stage in self.plan.stages[: self.progress.stage])
+
+    def _advance(self, stage: Stage) -> None:
+        p = self.progress
+        self.progress = replace(p, step=p.step + 1, stage_step=p.stage_step + 1, tokens=p.tokens + stage.batch_tokens)
+
+    def _after_step(self, stage: Stage, *, ended: bool) -> None:
+        """Validation and checkpoint where they are due; at a stage's end the next one's turn comes."""
+        step = self.progress.step
+        last = step == self.plan.total_steps
+        if ended or last or step % self.plan.validation.every_steps == 0:
+            self._validate(stage)
+        if ended:
+            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0)
+        if ended or last or step % self.plan.checkpoints.every_steps == 0:
+            self._save(stage, ended=ended)
+
+    def _save(self, stage: Stage, *, ended: bool) -> None:
+        final = folder_of(self.folder.checkpoints, self.progress.step)
+        if first_does(final.exists, self.session.groups.world):
+            return  # a resumed run that had nothing left to do
+        self.trainer.settle()
+        decoder, optimizer = self.trainer.decoder, self.trainer.optimizer
+        record = Record(
+            model=self.plan.model,
+            rope_base=stage.rope_base,
+            max_positions=max(s.length for s in self.plan.stages[: self.plan.stages.index(stage) + 1]),
+            precision=self.plan.precision,
+            progress=self.progress,
+            optimizer_steps=optimizer_steps(optimizer),
+            data_fingerprint=self.train_data.fingerprint,
+            stage_end=ended,
+        )
+        save(final, model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer), record, self.session.groups)
+        if self.session.is_first:
+            prune(self.folder.checkpoints, self.plan.checkpoints.keep)
+
+    def _validate(self, stage: Stage) -> None:
+        step = self.progress.step
+        if first_does(lambda: self.metrics is not None and step in self.metrics.validated, self.session.groups.world):
+            return
+        self.trainer.settle()
+        result = score(self.trainer.decoder, self.held_out[stage.length], self.session)
+        if self.metrics is not None:
+            self.metrics.write(self._where(stage) | _validation_figures(result), advance=False)
+
+    def _where(self, stage: Stage) -> dict[str, Any]:
+        """The figures every line has."""
+        return {
+            "step": self.progress.step,
+            "stage": stage.name,
+            "tokens": self.progress.tokens,
+            "length": stage.length,
+            "rope_base": stage.rope_base,
+        }
+
+    def _write_step(self, stage: Stage, report: StepReport, rate: float, seconds: float) -> None:
+        if self.metrics is not None:
+            flops = training_flops(self.plan.model, tokens=stage.batch_tokens, squares=report.squares)
+            figures = {
+                "loss": report.loss,
+                "auxiliary_loss": report.auxiliary_loss,
+                "grad_norm": report.grad_norm,
+                "lr": rate,
+                "tokens_per_second": stage.batch_tokens / seconds,
+                "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
+                "step_seconds": seconds,
+                "expert_load_max": max(max(layer) for layer in report.expert_share) * self.plan.model.num_experts,
+            }
+            self.metrics.write(self._where(stage) | figures)
+        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+            raise FloatingPointError(
+                f"step {self.progress.step}: loss {report.loss}, gradient norm {report.grad_norm}; stopped before a checkpoint took it over: "
+                "look at the steps before in metrics.jsonl, then go on from the last checkpoint with a lower learning rate"
+            )
+
+    def _facts(self) -> dict[str, Any]:
+        """What ran where, for the log and the report."""
+        count = count_parameters(self.plan.model)
+        first = self.held_out[self.plan.stages[0].length]
+        return {
+            "device": torch.cuda.get_device_name(self.session.device) if self.session.device.type == "cuda" else "cpu",
+            "processor": platform.processor() or platform.machine(),
+            "ranks": self.session.groups.size,
+            "threads_per_rank": torch.get_num_threads(),
+            "precision": self.plan.precision,
+            "lightning_backend": "cpu" if self.session.device.type == "cpu" else "definition",
+            "torch": torch.__version__,
+            "megatron_core": version("megatron-core"),
+            "parameters": count.total,
+            "active_parameters": count.active,
+            "peak_flops": self.peak.flops,
+            "peak_flops_source": self.peak.source,
+            "unigram_entropy": unigram_entropy(first),
+            "validation_tokens": {str(length): sum(len(row.tokens) for row in rows) for length, rows in sorted(self.held_out.items())},
+        }
+
+
+def _validation_figures(result: Score) -> dict[str, Any]:
+    return {"validation_loss": result.loss, "validation_tokens": result.tokens, "expert_load": result.expert_share}
+
+
+@contextmanager
+def _profiled(folder: RunFolder, rank: int, *, wanted: bool) -> Iterator[Any]:
+    """A callable for the end of each step; where wanted, steps 3 and 4 are traced to RUN/profile/rank-N.json (Chrome's trace format)."""
+    if not wanted:
+        yield lambda: None
+        return
+    target = folder.path / "profile"
+    target.mkdir(exist_ok=True)
+    schedule = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1)
+    with torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(target / f"rank-{rank}.json"))) as p:
+        yield p.step

@@ -1,0 +1,62 @@
+"""Loss on held-out documents, over all ranks."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data.batches import Row, held_out_rows
+from data.dataset import TokenDataset
+from minimax_train.engine.session import Session
+from minimax_train.model.decoder import Decoder
+from minimax_train.train.rows import to_row
+from parallel.collectives import all_sum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What the held-out documents said."""
+
+    loss: float
+    """Nats per predicted token."""
+    tokens: int
+    expert_share: list[list[float]]
+
+
+def validation_rows(dataset: TokenDataset, length: int, tokens: int) -> list[Row]:
+    """Held-out documents in rows of at most `length`, as many whole rows as hold at most `tokens` tokens; at least one."""
+    rows: list[Row] = []
+    taken = 0
+    for row in held_out_rows(dataset, length):
+        if rows and taken + len(row.tokens) > tokens:
+            break
+        rows.append(row)
+        taken += len(row.tokens)
+    return rows
+
+
+def unigram_entropy(rows: list[Row]) -> float:
+    """Nats per token of the best model without context: -sum p ln p over the labels of exactly these rows."""
+    labels = np.concatenate([row.labels for row in rows])
+    counts = np.bincount(labels[labels >= 0])
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+@torch.no_grad()
+def score(decoder: Decoder, rows: list[Row], session: Session) -> Score:
+    """Each rank scores its share of the rows; the sums are exact whatever the number of ranks."""
+    decoder.eval()
+    config = decoder.config
+    counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64, device=session.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=session.device)
+    data = session.groups.data
+    for row in rows[data.rank() :: data.size()]:
+        losses, routings = decoder(to_row(row, session.device))
+        sums += torch.stack([losses.double().sum(), sums.new_tensor(float((row.labels >= 0).sum()))])
+        counts += torch.stack([r.tokens_per_expert for r in routings])
+    total = all_sum(torch.cat([sums, counts.flatten()]), data).cpu()
+    share = total[2:].view(counts.shape)
+    return Score(
+        loss=float(total[0] / total[1]), tokens=int(total[1]), expert_share=(share / share.sum(1, keepdim=True)).tolist()
+    )

@@ -1,0 +1,155 @@
+"""What is drawn: the marks a reader relies on are in the figures, at the right places."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from minimax_train.report.canvas import fit, png, smooth, window_for
+from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, throughput_plot
+from minimax_train.report.position_plot import position_plot
+from minimax_train.report.record import Record, read_record
+from minimax_train.report.summary import summarize
+from minimax_train.report.words import binary, brief, change, decimal, duration
+
+MakeRun = Callable[..., Path]
+
+
+def _axes(figure: Figure | None) -> list[Any]:
+    assert figure is not None
+    return figure.axes
+
+
+def _line(axes: Any, label: str) -> Any:
+    return next(line for line in axes.lines if str(line.get_label()).startswith(label))
+
+
+@pytest.fixture
+def record(make_run: MakeRun) -> Record:
+    return read_record(make_run())
+
+
+def test_loss_plot_shows_stages_entropy_and_validation(record: Record) -> None:
+    (axes,) = _axes(loss_plot(record, summarize(record)).figure)
+    assert [text.get_text() for text in axes.texts] == ["2K\nlength 2,048", "8K\nlength 8,192", "32K\nlength 32,768"]
+    assert [(band.get_x(), band.get_x() + band.get_width()) for band in axes.patches] == [record.span(stage) for stage in range(3)]
+    entropy = _line(axes, "unigram entropy")
+    assert set(entropy.get_ydata()) == {5.9123}
+    assert entropy.is_dashed()
+    assert np.array_equal(_line(axes, "validation").get_ydata(), record.validation.loss)
+    assert axes.get_xlim() == (0, 1_146_880)
+    assert not any(line.get_marker() == "x" for line in axes.lines)
+
+
+def test_non_finite_losses_are_marked_at_their_tokens(make_run: MakeRun, synthetic: Any) -> None:
+    lines = synthetic.metrics()
+    bad = [line for line in lines if "loss" in line][10:12]
+    bad[0]["loss"], bad[1]["loss"], bad[1]["grad_norm"] = float("nan"), float("inf"), float("nan")
+    run = make_run(lines=lines)
+    assert "NaN" in (run / "metrics.jsonl").read_text()
+    record = read_record(run)
+    plot = loss_plot(record, summarize(record))
+    mark = _line(_axes(plot.figure)[0], "training loss not finite (2)")
+    assert mark.get_marker() == "x"
+    assert mark.get_xdata().tolist() == [line["tokens"] for line in bad]
+    assert _line(_axes(optimizer_plot(record).figure)[0], "gradient norm not finite (1)").get_xdata().tolist() == [bad[1]["tokens"]]
+    assert plot.figure is not None
+    assert png(plot.figure).startswith(b"\x89PNG")
+
+
+def test_run_without_one_finite_value_is_still_drawn(make_run: MakeRun, synthetic: Any) -> None:
+    never = dict.fromkeys(("loss", "grad_norm", "lr", "tokens_per_second", "expert_load_max", "validation_loss"), float("nan"))
+    lines = [line | {key: value for key, value in never.items() if key in line} for line in synthetic.metrics()]
+    for line in lines:
+        if "expert_load" in line:
+            line["expert_load"] = [[float("nan")] * 4] * 2
+    record = read_record(make_run(lines=lines))
+    summary = summarize(record)
+    for plot in (loss_plot(record, summary), expert_plot(record), throughput_plot(record, summary), optimizer_plot(record)):
+        assert plot.figure is not None
+        assert png(plot.figure).startswith(b"\x89PNG")
+
+
+def test_position_plot_marks_the_previous_length(record: Record) -> None:
+    axes = _axes(position_plot(record.name, record.positions).figure)
+    losses = axes[0::2]
+    assert [panel.get_title(loc="left").split(":")[0] for panel in losses] == ["8K", "32K"]
+    for panel, previous in zip(losses, (2048, 8192), strict=True):
+        assert [set(line.get_xdata()) for line in panel.lines] == [{previous}]
+        assert panel.get_xscale() == "log"
+        stairs = {patch.get_label(): patch.get_data() for patch in panel.patches if hasattr(patch, "get_data")}
+        assert set(stairs) == {"before the stage", "after the stage"}
+        for data in stairs.values():
+            assert (data.edges[0], data.edges[-1]) == (128, 4 * previous)  # the bin from zero is drawn from 128, half its end
+            assert previous in data.edges
+    assert "change inside −0.033, beyond −0." in losses[0].get_title(loc="left")
+
+
+def test_position_plot_of_unmeasured_parts(make_run: MakeRun) -> None:
+    run = make_run()
+    path = run / "evaluation" / "positions.json"
+    value = json.loads(path.read_text())
+    stage = value["stages"][0]
+    stage["count"][3], stage["before"][3], stage["after"][5] = 0, None, float("nan")
+    stage["beyond"] = {"before": None, "after": None}
+    path.write_text(json.dumps(value))
+    record = read_record(run)
+    plot = position_plot(record.name, record.positions)
+    assert "beyond not measured" in _axes(plot.figure)[0].get_title(loc="left")
+    assert plot.figure is not None
+    assert png(plot.figure).startswith(b"\x89PNG")
+
+
+def test_expert_map_is_share_times_experts_around_one(record: Record, synthetic: Any) -> None:
+    plot = expert_plot(record)
+    (image,) = _axes(plot.figure)[0].images
+    assert record.validation.expert_load is not None
+    drawn = image.get_array()
+    last = [line["expert_load"] for line in synthetic.metrics() if "expert_load" in line][-1]
+    np.testing.assert_array_equal(record.validation.expert_load, last)
+    assert drawn.shape == (synthetic.LAYERS, synthetic.EXPERTS)
+    np.testing.assert_allclose(drawn.mean(axis=1), 1.0, rtol=1e-12)
+    np.testing.assert_allclose(drawn, record.validation.expert_load * synthetic.EXPERTS)
+    assert float(image.norm(1.0)) == 0.5
+    assert f"from {drawn.min():.2f} to {drawn.max():.2f} times an even share" in plot.alt
+
+
+def test_throughput_shows_mfu_where_measured(make_run: MakeRun, synthetic: Any) -> None:
+    lines = [line | {"mfu": 0.41} if "loss" in line else line for line in synthetic.metrics()]
+    record = read_record(make_run(lines=lines))
+    speed, mfu = _axes(throughput_plot(record, summarize(record)).figure)
+    measured = [line for line in mfu.lines if len(line.get_xdata()) > 2]  # the others mark where a stage begins
+    assert [set(line.get_ydata()) for line in measured] == [{0.41}] * 3
+    means = [path.vertices[0, 1] for collection in speed.collections for path in collection.get_paths()]
+    np.testing.assert_allclose(means, np.array([row.tokens_per_second for row in summarize(record).stages], dtype=float))
+
+
+def test_smoothing_keeps_slopes_stages_and_gaps() -> None:
+    stage = np.repeat([0, 1], [30, 20])
+    y = np.where(stage == 0, np.arange(50.0), 1000.0)
+    np.testing.assert_allclose(smooth(y, stage, 9), y)  # a straight line stays, also at both ends of a stage
+    y[40] = np.nan
+    np.testing.assert_allclose(smooth(y, stage, 9)[30:], 1000.0)
+    assert np.isnan(smooth(np.full(5, np.inf), np.zeros(5, dtype=int), 3)).all()
+    noisy = np.random.default_rng(0).normal(size=2000)
+    assert smooth(noisy, np.zeros(2000, dtype=int), window_for(2000))[100:-100].std() < 0.2
+    assert window_for(39) == 1
+
+
+def test_words() -> None:
+    assert [decimal(value) for value in (0.0, 0.0015, 950, 20_000, 1_200_000, 3.5e12)] == ["0", "0.0015", "950", "20K", "1.2M", "3.5T"]
+    assert [binary(value) for value in (128, 8192, 2**20)] == ["128", "8K", "1M"]
+    assert [duration(value) for value in (41.6, 725, 12_000, 1e6, float("nan"))] == [
+        "42 s",
+        "12 min 5 s",
+        "3 h 20 min",
+        "277 h",
+        "not finite",
+    ]
+    assert [change(value) for value in (-0.0333, 0.5, None, float("inf"))] == ["−0.033", "+0.500", "not measured", "not finite"]
+    assert [brief(999_999_999), brief(3_573_547_008_000)] == ["999,999,999", "3.574T"]
+    assert [fit(9, "length 2,048", "2,048"), fit(4, "extend")] == ["2,048", "ext…"]
