@@ -160,6 +160,8 @@ def _hold_out(documents: list[Document], choice: _Choice) -> tuple[Tokenizer, di
     pool: list[int] = []
     for low, high in _bounds():
         members = [number for number in order if low <= sizes[number] < high and own[number] >= OWN]
+        if high == math.inf:
+            members.sort(key=lambda number: sizes[number])  # its longest would take the whole budget: those just over the bound
         pool += members[: min(POOL, math.ceil(POOL_PART * len(members)))]
     outside, sample, size = set(pool), [], 0
     for number in order:
@@ -197,4 +199,4 @@ def _choose(lengths: dict[int, int], budget: int) -> dict[int, int]:
 
 
 def _bounds() -> list[tuple[int, float]]:
-    return list(zip(LENGTH_CLASSES, [*LENGTH_CLASSES[1:], float("inf")], strict=True))
+    return list(zip(LENGTH_CLASSES, [*LENGTH_CLASSES[1:], math.inf], strict=True))

@@ -1,0 +1,34 @@
+"""Fixtures that several rooms' tests share."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import little_corpus
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the processes that tests start: several ranks share few cores
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Sums in one order, whatever the machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared corpus; read only."""
+    return little_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[object]:
+    """A session of one rank."""
+    from minimax_train.engine.session import session
+
+    with session() as joined:
+        yield joined
