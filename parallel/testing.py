@@ -1,6 +1,7 @@
 """Run a function on n local ranks and get what each returned: for tests and benchmarks."""
 
 import multiprocessing
+import pickle
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -40,9 +41,10 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _rank(pipe: Connection, work: Callable[..., Any], place: Place, arguments: tuple[Any, ...]) -> None:
     try:
-        pipe.send((work(place, *arguments), None))
+        outcome = (work(place, *arguments), None)
     except BaseException:
-        pipe.send((None, traceback.format_exc()))
+        outcome = (None, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(outcome))  # by value: shared tensors would die with this process
 
 
 def _collect(pipes: dict[Any, int]) -> dict[int, Any]:
@@ -52,7 +54,7 @@ def _collect(pipes: dict[Any, int]) -> dict[int, Any]:
         for pipe in wait(list(waiting)):
             rank = waiting.pop(pipe)
             try:
-                results[rank], failure = pipe.recv()  # type: ignore[union-attr]
+                results[rank], failure = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 failure = "the process died without a word"
             if failure is not None:

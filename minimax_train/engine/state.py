@@ -86,12 +86,15 @@ def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
 
 
 def _shards(decoder: Decoder, optimizer: MegatronOptimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor], int]]:
-    """(name, parameter, this rank's shard of its state, where the shard starts in the flattened parameter)."""
+    """(name, parameter, this rank's shard of its state, where the shard starts in the flattened parameter).
+
+    megatron-core's own map from parameter to main parameter (model_param_group_index_map) is not used: in a group that mixes fp32 and
+    bf16 parameters, as routers and the rest do here, it points at the wrong ones.
+    """
+    names = {parameter: name for name, parameter in decoder.named_parameters()}
     for part in _parts(optimizer):
-        for name, parameter in decoder.named_parameters():
-            if parameter not in part.model_param_group_index_map:
-                continue  # another rank's, or another part's
-            place = part._get_model_param_range_map(parameter)["param"]
-            shard = part._get_main_param_and_optimizer_states(parameter)
-            if place.end > place.start:
-                yield name, parameter, shard, place.start
+        pairs = ((part.model_float16_groups, part.shard_fp32_from_float16_groups), (part.model_fp32_groups, part.shard_fp32_groups))
+        for parameters, mains in ((p, m) for models, shards in pairs for p, m in zip(models, shards, strict=True)):
+            for parameter, main in zip(parameters, mains, strict=True):
+                place = part._get_model_param_range_map(parameter)["param"]
+                yield names[parameter], parameter, {"param": main, **part.optimizer.state[main]}, place.start

@@ -49,7 +49,7 @@ class Router(nn.Module):
 
     def forward(self, x_TC: Tensor) -> tuple[Tensor, Tensor, Routing]:
         """`[T, hidden]` -> weights `[T, k]` fp32 summing to 1, experts `[T, k]` int64, and the row's routing."""
-        probability_TE = F.linear(x_TC.float(), self.weight).softmax(dim=-1)
+        probability_TE = F.linear(x_TC.to(self.weight.dtype), self.weight).softmax(dim=-1)
         chosen, expert = probability_TE.topk(self.experts_per_token, dim=-1)
         experts = self.weight.shape[0]
         counts = torch.bincount(expert.flatten(), minlength=experts)

@@ -161,10 +161,11 @@ def test_an_error_while_committing_leaves_no_dataset(
 
 
 SCRIPT = """
-import resource, sys
+import resource, signal, sys
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
 inputs, tokenizer, prefix, limit = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have been started with it ignored
 if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:

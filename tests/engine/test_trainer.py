@@ -1,0 +1,94 @@
+"""The engine: data parallelism changes nothing, in fp32 and bf16; optimizer state survives a save under another degree."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.batches import TrainingRows
+from data.dataset import TokenDataset
+from minimax_train.checkpoint.record import Progress, Record
+from minimax_train.engine.session import session
+from minimax_train.train.resume import Opening, restore
+from minimax_train.train.rows import to_row
+from parallel.testing import run_ranks
+from parallel.world import Place
+from tests.support import little_plan
+
+
+def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load: Path | None, store: Path | None) -> Any:
+    """`steps` steps of 8 rows of 64 tokens; (losses, gradient norms, weights) seen by rank 0."""
+    torch.set_num_threads(1)
+    plan = little_plan(corpus, **changes)
+    with session(place=place) as joined:
+        from minimax_train.checkpoint.store import save
+        from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
+        from minimax_train.engine.trainer import Trainer
+
+        trainer = Trainer(plan, joined)
+        done = 0
+        if load is not None:
+            from minimax_train.checkpoint.store import verified_record
+
+            record = verified_record(load)
+            restore(trainer, Opening(checkpoint=load, record=record, resumed=True, notes=[]), plan)
+            done = record.progress.step
+        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        losses, norms = [], []
+        for step in range(done, done + steps):
+            rows = [to_row(source.row(step * 8 + i), joined.device) for i in range(place.rank, 8, place.size)]
+            report = trainer.step(rows, 2e-3)
+            losses.append(report.loss)
+            norms.append(report.grad_norm)
+        trainer.settle()
+        decoder = trainer.decoder
+        if store is not None:
+            record = Record(
+                model=plan.model,
+                rope_base=1e4,
+                max_positions=64,
+                precision=plan.precision,
+                progress=Progress(step=done + steps),
+                optimizer_steps=optimizer_steps(trainer.optimizer),
+            )
+            state = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer)
+            save(store, state, record, joined.groups)
+        return losses, norms, {name: p.detach().float().clone() for name, p in decoder.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def one_rank(corpus: Path) -> Any:
+    return run_ranks(1, train, corpus, 6, {}, None, None)[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_data_parallel_equals_one_rank(corpus: Path, one_rank: Any, ranks: int) -> None:
+    losses, norms, weights = run_ranks(ranks, train, corpus, 6, {}, None, None)[0]
+    assert losses == pytest.approx(one_rank[0], rel=1e-6)
+    assert norms == pytest.approx(one_rank[1], rel=1e-5)
+    for name, weight in one_rank[2].items():
+        assert (weights[name] - weight).norm() < 1e-5 * weight.norm(), name
+
+
+def test_bf16_follows_fp32(corpus: Path, one_rank: Any) -> None:
+    losses, _, _ = run_ranks(2, train, corpus, 6, {"precision": "bf16"}, None, None)[0]
+    assert losses == pytest.approx(one_rank[0], rel=5e-3)
+    assert losses != one_rank[0]
+
+
+@pytest.mark.parametrize(("precision", "saved", "loaded"), [("fp32", 2, 2), ("fp32", 2, 1), ("bf16", 2, 2), ("bf16", 1, 2)])
+def test_optimizer_state_goes_on_under_another_degree(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, saved: int, loaded: int
+) -> None:
+    """3 + 3 steps through a checkpoint equal 6 steps: to the bit where the ranks are as many, else to summation order."""
+    changes = {"precision": precision}
+    whole = run_ranks(saved, train, corpus, 6, changes, None, None)[0]
+    run_ranks(saved, train, corpus, 3, changes, None, tmp_path / "half")
+    losses, _, weights = run_ranks(loaded, train, corpus, 3, changes, tmp_path / "half", None)[0]
+    if saved == loaded:
+        assert losses == whole[0][3:]
+        assert all(torch.equal(weights[name], weight) for name, weight in whole[2].items())
+    else:
+        tolerance = 1e-6 if precision == "fp32" else 2e-4
+        assert losses == pytest.approx(whole[0][3:], rel=tolerance)
