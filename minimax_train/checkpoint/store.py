@@ -4,6 +4,7 @@ Layout: FOLDER/step-00000100/{manifest.json, checkpoint.json, tensors/...}. A co
 """
 
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from minimax_train.engine.state import Sharded, model_state
 from minimax_train.engine.storage import read_tensors, write_tensors
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.decoder import Decoder
-from parallel.collectives import first_does, from_first, raise_together
+from parallel.collectives import first_does, raise_together
 from parallel.groups import Groups
 
 TENSORS = "tensors"
@@ -60,15 +61,26 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose checksums hold, and one line for every newer one that was passed over."""
-    passed = []
+def newest_verified(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose checksums hold, and what is wrong with every newer one."""
+    passed = {}
     for checkpoint in reversed(checkpoints_in(folder)):
         wrong = damage(checkpoint)
         if wrong is None:
             return checkpoint, passed
-        passed.append(f"{checkpoint}: {wrong}")
+        passed[checkpoint] = wrong
     return None, passed
+
+
+def describe(passed: dict[Path, str]) -> str:
+    """Damaged checkpoints and what is wrong with them, on one line."""
+    return "; ".join(f"{checkpoint}: {wrong}" for checkpoint, wrong in passed.items())
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a damaged checkpoint to `damaged-...`: its steps will be redone under its name, and nothing is lost."""
+    place = checkpoint.with_name(f"damaged-{checkpoint.name}-{uuid.uuid4().hex[:8]}")
+    return checkpoint.rename(place)
 
 
 def verified_record(checkpoint: Path) -> Record:
@@ -87,7 +99,7 @@ def resolve(path: Path) -> Path:
         return path
     newest, passed = newest_verified(path / "checkpoints")
     if newest is None:
-        raise ValueError(f"run {path} has no checkpoint that verifies{': ' + '; '.join(passed) if passed else ''}")
+        raise ValueError(f"run {path} has no checkpoint that verifies{': ' + describe(passed) if passed else ''}")
     return newest
 
 
@@ -136,8 +148,3 @@ def prune(folder: Path, keep: int) -> list[Path]:
             shutil.rmtree(checkpoint)
             removed.append(checkpoint)
     return removed
-
-
-def choose_newest(folder: Path, groups: Groups) -> tuple[Path | None, list[str]]:
-    """newest_verified by the first rank, for all."""
-    return from_first(newest_verified(folder) if groups.rank == 0 else (None, []), groups.world)

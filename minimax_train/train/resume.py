@@ -7,7 +7,7 @@ from data.batches import check_vocabulary
 from data.dataset import TokenDataset
 from minimax_train.checkpoint.commit import remove_leftovers
 from minimax_train.checkpoint.record import Progress, Record
-from minimax_train.checkpoint.store import check_architecture, checkpoints_in, load_weights, newest_verified, resolve, verified_record
+from minimax_train.checkpoint.store import check_architecture, describe, load_weights, newest_verified, resolve, set_aside, verified_record
 from minimax_train.engine.state import adopt_weights, optimizer_state, optimizer_steps, prepare_optimizer, set_optimizer_steps
 from minimax_train.engine.storage import read_tensors
 from minimax_train.engine.trainer import Trainer
@@ -51,15 +51,15 @@ def open_run(plan: Plan, folder: RunFolder) -> Opening:
     folder.adopt(plan)
     notes = [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
     newest, passed = newest_verified(folder.checkpoints)
-    notes += [f"damaged checkpoint passed over: {line}" for line in passed]
     if newest is None:
-        if checkpoints_in(folder.checkpoints):
-            raise ValueError(f"no checkpoint of {folder.path} verifies: {'; '.join(passed)}; move them away to start again")
+        if passed:
+            raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; move them away to start again")
         return Opening(checkpoint=start[0], record=start[1], resumed=False, notes=notes + start[2])
     record = verified_record(newest)
     check_architecture(record, plan.model, newest)
     if record.data_fingerprint != train.fingerprint:
         raise ValueError(f"{plan.data.train} changed since {newest} was written: restore it, or start a new run with start.checkpoint")
+    notes += [f"damaged checkpoint {path} ({wrong}) was set aside as {set_aside(path)}" for path, wrong in passed.items()]
     return Opening(checkpoint=newest, record=record, resumed=True, notes=[*notes, f"going on from {newest}"])
 
 

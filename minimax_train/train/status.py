@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from minimax_train.checkpoint.store import newest_verified
+from minimax_train.checkpoint.store import describe, newest_verified
 from minimax_train.train.folder import RunFolder
 from minimax_train.train.metrics import read_metrics
 
@@ -24,7 +24,7 @@ def run_status(run: Path) -> dict[str, Any]:
         status["seconds_left_in_stage"] = round(seconds * _steps_left(plan, last))
     if scored:
         status["validation_loss"] = scored[-1]["validation_loss"]
-    status |= {"finished": status["step"] >= plan.total_steps, "checkpoint": str(newest) if newest else None, "damaged": passed}
+    status |= {"finished": status["step"] >= plan.total_steps, "checkpoint": str(newest) if newest else None, "damaged": describe(passed)}
     return status
 
 

@@ -137,6 +137,7 @@ def test_held_out_rows_predict_every_token_but_the_first_of_a_document_once(leng
     sizes = [piece.stop - piece.start for row in rows for piece in segments(row)]
     for (document, start), size in zip(places, sizes, strict=True):
         assert start % length == 0
+        assert start == 0 or start + 1 < lengths[document]  # an EOD alone predicts nothing
         assert size == min(length, lengths[document] - start)  # never split but at `length`
     for row, following in itertools.pairwise(rows):
         assert len(row.tokens) + following.cu_seqlens[1] > length  # packed greedily

@@ -1,10 +1,11 @@
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.dataset import TokenDataset, check_ids, inspect, verify
-from data.format import HEAD, SUFFIXES, FileRecord, Sidecar, checksum_of, file_of
+from data.format import HEAD, SUFFIXES, FileRecord, Sidecar, checksum_of, file_of, index_parts
 from data.tokenizer import Tokenizer
 
 LENGTHS_AT = HEAD.size
@@ -82,6 +83,14 @@ def test_a_wrong_index_says_what_is_wrong(prefix: Path, name: str) -> None:
         TokenDataset.open(prefix)
     assert str(file_of(prefix, ".idx")) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_another_index_that_agrees_with_itself_is_refused_on_opening(prefix: Path) -> None:
+    dataset = TokenDataset.open(prefix)
+    swapped = dataset.lengths[[1, 0, 2, 3, 4]].astype(np.int32)
+    file_of(prefix, ".idx").write_bytes(b"".join(index_parts(swapped, dataset.stream.dtype)))
+    with pytest.raises(ValueError, match=f"{file_of(prefix, '.idx')}: xxh3-128"):
+        TokenDataset.open(prefix)
 
 
 @pytest.mark.parametrize("suffix", [".idx", ".json"])

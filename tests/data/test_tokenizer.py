@@ -42,6 +42,7 @@ def test_special_tokens_in_text_stay_text(tokenizer: Tokenizer) -> None:
     (ids,) = tokenizer.encode([LITERAL])
     assert tokenizer.eod not in ids
     assert tokenizer.decode(ids) == LITERAL
+    assert tokenizer.decode([*ids, tokenizer.eod]) == LITERAL + "<|endoftext|>"
 
 
 def test_limits_and_additions_of_the_file_are_not_applied(tmp_path: Path, tokenizer: Tokenizer) -> None:
