@@ -6,10 +6,9 @@
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minimax_train.kernels import lightning_attention
+from minimax_train.kernels import silu_lightning_attention
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
@@ -43,7 +42,6 @@ class LightningAttention(nn.Module):
     def forward(self, x_TC: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`[T, hidden]` -> `[T, hidden]`; the state starts from zero at every document of `cu_seqlens` `[documents + 1]`."""
         tokens = x_TC.shape[0]
-        qkv = F.silu(self.qkv_proj(x_TC)).view(1, tokens, -1, 3, self.head_dim)
-        q, k, v = qkv.unbind(3)
-        o, _ = lightning_attention(q, k, v, self.slopes, cu_seqlens=cu_seqlens)
+        qkv = self.qkv_proj(x_TC).view(1, tokens, -1, 3, self.head_dim)
+        o, _ = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens)
         return self.out_proj(self.norm(o.reshape(tokens, -1)) * torch.sigmoid(self.output_gate(x_TC)))

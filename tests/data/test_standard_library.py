@@ -104,6 +104,16 @@ def test_deterministic_in_arguments_and_files_and_another_seed_draws_others(tmp_
     assert first != other
 
 
+def test_of_the_longest_class_those_just_over_its_bound_are_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(standard_library, "POOL", 2)
+    (tmp_path / "root").mkdir()
+    for number in range(9):
+        lines = (f"{number}: the {i}th of many lines, {i * i}" for i in range(3000 + 500 * (number * 4 % 9)))
+        (tmp_path / "root" / f"{number}.py").write_text("\n".join(lines))
+    prepare_standard_library(tmp_path / "out", root=tmp_path / "root", **ROOMY)
+    assert list(json.loads((tmp_path / "out" / "standard_library.json").read_text())["held_out"]) == ["0.py", "7.py"]  # the shortest
+
+
 def test_near_copies_stay_in_training(tmp_path: Path) -> None:
     """encodings/ is mostly tables that repeat one another."""
     root = Path(sysconfig.get_path("stdlib"), "encodings")
