@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.kernels import silu_lightning_attention
+from minimax_train.kernels.gated_norm import gated_rms_norm
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
@@ -44,4 +45,4 @@ class LightningAttention(nn.Module):
         tokens = x_TC.shape[0]
         qkv = self.qkv_proj(x_TC).view(1, tokens, -1, 3, self.head_dim)
         o, _ = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens)
-        return self.out_proj(self.norm(o.reshape(tokens, -1)) * torch.sigmoid(self.output_gate(x_TC)))
+        return self.out_proj(gated_rms_norm(o.reshape(tokens, -1), self.output_gate(x_TC), self.norm.weight, self.norm.eps))
