@@ -87,7 +87,9 @@ def generate(export: Path) -> str:
     tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     prompt = torch.tensor([tokenizer.encode("import os\nimport sys\n\n\ndef main(").ids])
-    made = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False, use_cache=False, pad_token_id=0)
+    made = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False, use_cache=False, pad_token_id=0
+    )
     return str(tokenizer.decode(made[0].tolist()))
 
 

@@ -38,7 +38,9 @@ def layers(precision: str, joined: Session) -> tuple[LightningAttention, torch.n
         experts_per_token=2, expert_ffn_size=8, vocab_size=8, alpha_lightning=2.0, alpha_softmax=2.0, alpha_experts=2.0,
     )  # fmt: skip
     dtype = DTYPES[precision]
-    parts = MegatronParts(config=transformer_config(config, joined.groups, dtype, joined.device), groups=joined.groups, device=joined.device)
+    parts = MegatronParts(
+        config=transformer_config(config, joined.groups, dtype, joined.device), groups=joined.groups, device=joined.device
+    )
     ours = LightningAttention(config, LAYER, parts)
     kinds = ["linear_attention"] * 7 + ["full_attention"]
     native = MiniMaxConfig(hidden_size=512, num_attention_heads=8, head_dim=64, num_hidden_layers=LAYERS, layer_types=kinds)
@@ -83,7 +85,9 @@ def row(precision: str, length: int, joined: Session) -> dict[str, Any]:
 
 def slope(rows: list[dict[str, Any]], precision: str) -> float:
     """Least-squares slope of log backward time over log length, from 4K on."""
-    points = [(math.log(r["length"]), math.log(r["our_backward_seconds"])) for r in rows if r["precision"] == precision and r["length"] >= 4096]
+    points = [
+        (math.log(r["length"]), math.log(r["our_backward_seconds"])) for r in rows if r["precision"] == precision and r["length"] >= 4096
+    ]
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 

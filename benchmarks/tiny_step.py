@@ -43,7 +43,9 @@ def measure_length(length: int, joined: Session) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()
 
-    compared = compare(lambda: trainer.step([row], 1e-3), run_theirs, repeats=2 if length > 10_000 else 3, warm_up=0 if length > 10_000 else 1)
+    compared = compare(
+        lambda: trainer.step([row], 1e-3), run_theirs, repeats=2 if length > 10_000 else 3, warm_up=0 if length > 10_000 else 1
+    )
     return {"length": length, **compared.as_dict()}
 
 

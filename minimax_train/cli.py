@@ -73,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     scored.add_argument("--input-ids", metavar="FILE.safetensors", type=Path, required=True, help="holds `input_ids` [batch, tokens]")
     scored.add_argument("--to", metavar="FILE.safetensors", type=Path, required=True, help="gets `logits` [batch, tokens, vocabulary]")
     scored.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute in this precision (default: the checkpoint's)")
-    positions = add("positions", _positions, "Loss by position, before and after each extension stage.", to=group("evaluate", "Judge a run."))
+    positions = add(
+        "positions", _positions, "Loss by position, before and after each extension stage.", to=group("evaluate", "Judge a run.")
+    )
     positions.add_argument("run", metavar="RUN", type=Path)
     checkpoints = group("checkpoint", "A run's checkpoints: list, verify.")
     for name, verb, about in (
@@ -145,7 +147,8 @@ def _count(a: argparse.Namespace) -> int:
         if isinstance(value, int):
             print(f"{name:24}{value:>20,}")
     for length, flops in counts["flops_per_token"].items():
-        print(f"GFLOP per token at one document of {int(length):,}: forward {flops['forward'] / 1e9:.4g}, training {flops['training'] / 1e9:.4g}")
+        forward, training = (flops[kind] / 1e9 for kind in ("forward", "training"))
+        print(f"GFLOP per token at one document of {int(length):,}: forward {forward:.4g}, training {training:.4g}")
     return 0
 
 

@@ -30,7 +30,9 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30)) -> G
     """Makes every group of `layout` over the initialised world; every rank calls it. ValueError where it does not fit."""
     from megatron.core import parallel_state
 
-    layout.data(dist.get_world_size())
+    world = dist.group.WORLD
+    assert world is not None, "join the ranks first"
+    layout.data(world.size())
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
@@ -41,7 +43,7 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30)) -> G
     )
     return Groups(
         layout=layout,
-        world=dist.group.WORLD,
+        world=world,
         data=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor=parallel_state.get_tensor_model_parallel_group(),
     )

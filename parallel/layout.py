@@ -26,7 +26,7 @@ class Layout:
                 raise ValueError(f"layout.{field.name} is {degree}; it must be at least 1")
             if degree > 1:
                 raise ValueError(
-                    f"layout.{field.name} is {degree}; this version runs data parallelism only: set layout.{field.name}=1 and use more ranks"
+                    f"layout.{field.name} is {degree}; this version runs data parallelism only: set it to 1 and use more ranks"
                 )
 
     @property

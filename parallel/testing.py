@@ -21,7 +21,8 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "megatron.core.optimizer", "megatron.core.dist_checkpointing"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes, pipes = [], {}
+    processes: list[Any] = []
+    pipes: dict[Connection, int] = {}
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
         place = Place(rank=rank, size=size, local_rank=rank, address=f"127.0.0.1:{store.port}", hosted=True)
@@ -41,17 +42,17 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _rank(pipe: Connection, work: Callable[..., Any], place: Place, arguments: tuple[Any, ...]) -> None:
     try:
-        outcome = (work(place, *arguments), None)
+        outcome: tuple[Any, str | None] = (work(place, *arguments), None)
     except BaseException:
         outcome = (None, traceback.format_exc())
     pipe.send_bytes(pickle.dumps(outcome))  # by value: shared tensors would die with this process
 
 
-def _collect(pipes: dict[Any, int]) -> dict[int, Any]:
+def _collect(pipes: dict[Connection, int]) -> dict[int, Any]:
     results: dict[int, Any] = {}
     waiting = dict(pipes)
     while waiting:
-        for pipe in wait(list(waiting)):
+        for pipe in [pipe for pipe in wait(list(waiting)) if isinstance(pipe, Connection)]:
             rank = waiting.pop(pipe)
             try:
                 results[rank], failure = pickle.loads(pipe.recv_bytes())

@@ -27,7 +27,9 @@ def _number(environment: Mapping[str, str], name: str) -> int:
     try:
         return int(environment[name])
     except (KeyError, ValueError):
-        raise ValueError(f"the launcher's variable {name} is {environment.get(name)!r}; a number is needed: start through torchrun or srun") from None
+        raise ValueError(
+            f"the launcher's variable {name} is {environment.get(name)!r}; a number is needed: start through torchrun or srun"
+        ) from None
 
 
 def find_place(environment: Mapping[str, str]) -> Place | None:
@@ -84,9 +86,7 @@ def run_local(main: Callable[..., int], size: int, *arguments: Any) -> int:
     if size == 1:
         return main(Place(), *arguments)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = multiprocessing.start_processes(
-        _start, (main, size, store.port, arguments), nprocs=size, join=False, start_method="spawn"
-    )
+    ranks = multiprocessing.start_processes(_start, (main, size, store.port, arguments), nprocs=size, join=False, start_method="spawn")
     try:
         while not ranks.join(grace_period=10):
             pass

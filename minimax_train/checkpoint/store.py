@@ -63,7 +63,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def newest_verified(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose checksums hold, and what is wrong with every newer one."""
-    passed = {}
+    passed: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints_in(folder)):
         wrong = damage(checkpoint)
         if wrong is None:

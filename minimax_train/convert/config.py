@@ -102,7 +102,11 @@ def read_config(raw: dict[str, Any], source: str) -> Described:
     if kind is None:
         raise ValueError(f"{source}: model_type is {name!r}; this converter reads {', '.join(FORMATS)}")
     special = {**_SAME, **(_NATIVE if kind == "minimax" else _RELEASED)}
-    own = {"layer_types", "rope_parameters", "rope_theta", "rotary_dim"} if kind == "minimax" else {"attn_type_list", "rope_theta", "rotary_dim"}
+    own = (
+        {"layer_types", "rope_parameters", "rope_theta", "rotary_dim"}
+        if kind == "minimax"
+        else {"attn_type_list", "rope_theta", "rotary_dim"}
+    )
     unknown = sorted(set(raw) - set(special.values()) - own - _REQUIRED_VALUES.keys() - _WITHOUT_MEANING)
     if unknown:
         raise ValueError(f"{source}: unknown key {', '.join(unknown)}: refused, since it might change the model")
@@ -137,8 +141,9 @@ def _rope_base(raw: dict[str, Any], kind: Format, source: str) -> float:
     rope = raw.get("rope_parameters") or {"rope_type": "default", "rope_theta": raw.get("rope_theta")}
     if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor"}:
         raise ValueError(f"{source}: rope_parameters is {rope!r}; only the default type with rope_theta is known")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']}; transformers ignores it: state rotary_dim in minimax_m1 format")
+    factor = rope.get("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise ValueError(f"{source}: partial_rotary_factor is {factor}; transformers ignores it: state rotary_dim in minimax_m1 format")
     if not isinstance(rope.get("rope_theta"), (int, float)):
         raise ValueError(f"{source}: rope_theta missing")
     return float(rope["rope_theta"])
@@ -167,7 +172,9 @@ def write_config(model: ModelConfig, rope_base: float, kind: Format, dtype: str,
         check_native(model, "to-hf")
     elif model.lightning_norm_eps != 1e-6:
         raise ValueError(f"to-hf: lightning_norm_eps is {model.lightning_norm_eps}; Hugging Face formats fix it at 1e-6")
-    architecture = {"minimax": "MiniMaxForCausalLM", "minimax_m1": "MiniMaxM1ForCausalLM", "minimax_text_01": "MiniMaxText01ForCausalLM"}[kind]
+    architecture = {"minimax": "MiniMaxForCausalLM", "minimax_m1": "MiniMaxM1ForCausalLM", "minimax_text_01": "MiniMaxText01ForCausalLM"}[
+        kind
+    ]
     config: dict[str, Any] = {"architectures": [architecture], "model_type": kind, "torch_dtype": dtype}
     names = {**_SAME, **(_NATIVE if kind == "minimax" else _RELEASED)}
     config |= {theirs: getattr(model, ours) for ours, theirs in names.items()}

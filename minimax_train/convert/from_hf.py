@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minimax_train.checkpoint.record import Progress, Record
-from minimax_train.plan import Precision
 from minimax_train.checkpoint.store import save
 from minimax_train.convert.config import Described, read_config
 from minimax_train.convert.table import DECAY_BUFFERS, Entry, table
@@ -19,6 +18,7 @@ from minimax_train.engine.session import Session
 from minimax_train.engine.stage import bare, build_stage
 from minimax_train.engine.state import model_state
 from minimax_train.model.decoder import Decoder
+from minimax_train.plan import Precision
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

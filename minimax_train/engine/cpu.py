@@ -43,7 +43,7 @@ class InertStream:
 def cpu_for_cuda() -> Iterator[None]:
     """Inside the `with`, what asks for CUDA gets the CPU; outside nothing is changed."""
     stream = InertStream()
-    names = {
+    names: dict[str, Any] = {
         "is_available": lambda: False,
         "current_device": lambda: torch.device("cpu"),
         "current_stream": lambda *a, **k: stream,

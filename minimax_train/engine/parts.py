@@ -13,7 +13,7 @@ from minimax_train.model.config import ModelConfig
 from parallel.groups import Groups
 
 
-class Column(ColumnParallelLinear):  # type: ignore[misc]
+class Column(ColumnParallelLinear):
     """ColumnParallelLinear without bias, returning the tensor alone."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ class Column(ColumnParallelLinear):  # type: ignore[misc]
         return output
 
 
-class Row(RowParallelLinear):  # type: ignore[misc]
+class Row(RowParallelLinear):
     """RowParallelLinear without bias, returning the tensor alone."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from minimax_train.model.initialise import initialise
 from minimax_train.plan import Precision
 
 
-class PipelineStage(MegatronModule):  # type: ignore[misc]
+class PipelineStage(MegatronModule):
     """A Decoder with the attributes the schedules, DDP and the optimizer ask of a pipeline stage."""
 
     def __init__(self, config: TransformerConfig, decoder: Decoder) -> None:
@@ -34,7 +34,13 @@ class PipelineStage(MegatronModule):  # type: ignore[misc]
 
 
 def build_stage(
-    config: ModelConfig, session: Session, *, dtype: Precision = "fp32", seed: int | None = 0, fp32_head: bool = False, rope_base: float = 10_000.0
+    config: ModelConfig,
+    session: Session,
+    *,
+    dtype: Precision = "fp32",
+    seed: int | None = 0,
+    fp32_head: bool = False,
+    rope_base: float = 10_000.0,
 ) -> PipelineStage:
     """The model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

@@ -1,7 +1,7 @@
 """One layer: mixer and experts, DeepNorm post-norm with the residual taken after the norm (released modeling_minimax_m1.py).
 
-    h = RMS(x);  x = alpha * h + beta * Mixer(h)
-    h = RMS(x);  x = alpha * h + beta * Experts(h)
+h = RMS(x);  x = alpha * h + beta * Mixer(h)
+h = RMS(x);  x = alpha * h + beta * Experts(h)
 """
 
 from dataclasses import dataclass

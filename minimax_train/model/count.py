@@ -26,9 +26,7 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        return (
-            self.embedding + self.lm_head + self.lightning_attention + self.softmax_attention + self.experts + self.routers + self.norms
-        )
+        return self.embedding + self.lm_head + self.lightning_attention + self.softmax_attention + self.experts + self.routers + self.norms
 
     def as_dict(self) -> dict[str, int]:
         """`parameters` is the total; the kinds sum to it; `active` and `active_with_head` are what one token meets."""

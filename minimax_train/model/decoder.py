@@ -63,6 +63,11 @@ class Decoder(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
             self.head = parts.column(config.hidden_size, config.vocab_size)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """`[vocabulary, hidden]`."""
+        return self.head.get_parameter("weight")
+
     def documents(self, row: Row) -> Documents:
         """The row's borders and rotary angles, derived once for all layers."""
         turn = rotation(row.positions, self.config.rotary_dim, self.rope_base)
@@ -78,13 +83,13 @@ class Decoder(nn.Module):
 
     def losses(self, x_TC: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of every token, `[T]` fp32 nats, 0 where the label is -100; logits exist in chunks only."""
-        return linear_cross_entropy(self.norm(x_TC), self.head.weight, labels, fp32=self.fp32_head)
+        return linear_cross_entropy(self.norm(x_TC), self.head_weight, labels, fp32=self.fp32_head)
 
     def logits(self, row: Row) -> Tensor:
         """`[T, vocabulary]` for a short row; training uses `losses`."""
         x, _ = self.hidden(self.embedding(row.tokens), row)
         x = self.norm(x)
-        return x.float() @ self.head.weight.float().T if self.fp32_head else self.head(x)
+        return x.float() @ self.head_weight.float().T if self.fp32_head else self.head(x)
 
     def forward(self, row: Row) -> tuple[Tensor, list[Routing]]:
         """Losses `[T]` and each layer's routing, for a model in one stage."""

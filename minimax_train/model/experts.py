@@ -1,7 +1,7 @@
 """Mixture of experts, in every layer: fp32 top-2 router and SwiGLU experts (arXiv 2501.08313 section 2; released code).
 
-    p = softmax(W_r x) over all experts, in fp32; the top k are kept and renormalised to sum to 1
-    y = sum_k p_k * W_2( SiLU(W_1 x) * (W_3 x) )
+p = softmax(W_r x) over all experts, in fp32; the top k are kept and renormalised to sum to 1
+y = sum_k p_k * W_2( SiLU(W_1 x) * (W_3 x) )
 """
 
 from dataclasses import dataclass
@@ -63,10 +63,10 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
-        shape = {"dtype": parts.dtype, "device": parts.device}
         self.router = Router(config, parts)
-        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_ffn_size, config.hidden_size, **shape))  # type: ignore[arg-type]
-        self.down = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_ffn_size, **shape))  # type: ignore[arg-type]
+        count, hidden, ffn = config.num_experts, config.hidden_size, config.expert_ffn_size
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * ffn, hidden, dtype=parts.dtype, device=parts.device))
+        self.down = nn.Parameter(torch.empty(count, hidden, ffn, dtype=parts.dtype, device=parts.device))
 
     def forward(self, x_TC: Tensor) -> tuple[Tensor, Routing]:
         """`[T, hidden]` -> `[T, hidden]`, every choice computed (dropless)."""

@@ -30,9 +30,9 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
         part = (shape[1] // matrices, shape[2])
         return torch.stack([torch.cat([_draw(part, beta, seed, f"{name}/{e}/{m}") for m in range(matrices)]) for e in range(shape[0])])
     if name.endswith("qkv_proj.weight"):  # head-major [q|k|v]: three matrices with a gain each, interleaved by head
-        part = (config.num_attention_heads, config.head_dim, shape[1])
-        width = (config.attention_size, shape[1])
-        q, k, v = (_draw(width, gain, seed, f"{name}/{m}").view(part) for m, gain in (("q", 1.0), ("k", 1.0), ("v", beta)))
+        heads, size = config.num_attention_heads, config.head_dim
+        matrix = (heads * size, shape[1])
+        q, k, v = (_draw(matrix, gain, seed, f"{name}/{m}").view(heads, size, -1) for m, gain in (("q", 1.0), ("k", 1.0), ("v", beta)))
         return torch.stack((q, k, v), dim=1).reshape(shape)
     gained = name.endswith(("v_proj.weight", "o_proj.weight", "out_proj.weight"))
     return _draw((shape[0], shape[1]), beta if gained else 1.0, seed, name)

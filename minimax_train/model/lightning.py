@@ -1,8 +1,8 @@
 """Lightning attention layer (MiniMax-01, arXiv 2501.08313 section 2; released modeling_minimax_m1.py).
 
-    [q|k|v] = SiLU(W_qkv x)   head-major: for each head its q, then its k, then its v
-    S_t = exp(-s) S_{t-1} + k_t^T v_t,   o_t = q_t S_t      (no scale, no rotary)
-    y = W_o( sigmoid(W_g x) * RMSNorm(o) )                  (one norm over all heads x head_dim channels)
+[q|k|v] = SiLU(W_qkv x)   head-major: for each head its q, then its k, then its v
+S_t = exp(-s) S_{t-1} + k_t^T v_t,   o_t = q_t S_t      (no scale, no rotary)
+y = W_o( sigmoid(W_g x) * RMSNorm(o) )                  (one norm over all heads x head_dim channels)
 """
 
 import torch

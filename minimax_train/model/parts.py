@@ -13,8 +13,15 @@ from torch import nn
 class Parts(Protocol):
     """Makers of the model's parameters. Each returned module maps a Tensor to a Tensor."""
 
-    dtype: torch.dtype
-    device: torch.device
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; routers are fp32 whatever it is."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
 
     def column(self, inputs: int, outputs: int) -> nn.Module:
         """y = x W^T, W `[outputs, inputs]` cut over outputs: `[T, inputs]` -> `[T, outputs / tensor]`."""

@@ -95,9 +95,7 @@ def smooth(y: np.ndarray, stage: np.ndarray, window: int) -> np.ndarray:
         total = np.concatenate(([0.0], np.cumsum(np.where(finite, y[mine], 0.0))))
         count = np.concatenate(([0], np.cumsum(finite)))
         place = np.arange(mine.size)
-        reach = np.minimum(
-            np.minimum(place, place[::-1]), window // 2
-        )  # as far to the left as to the right, or a slope is bent at the ends
+        reach = np.minimum(np.minimum(place, place[::-1]), window // 2)  # the same to both sides, or a slope bends at its ends
         low, high = place - reach, place + reach + 1
         with np.errstate(invalid="ignore"):
             result[mine] = (total[high] - total[low]) / (count[high] - count[low])

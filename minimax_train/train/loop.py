@@ -189,7 +189,7 @@ class _Run:
             self.metrics.write(self._where(stage) | figures)
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
             raise FloatingPointError(
-                f"step {self.progress.step}: loss {report.loss}, gradient norm {report.grad_norm}; stopped before a checkpoint took it over: "
+                f"step {self.progress.step}: loss {report.loss}, gradient norm {report.grad_norm}; stopped before a checkpoint held it: "
                 "look at the steps before in metrics.jsonl, then go on from the last checkpoint with a lower learning rate"
             )
 

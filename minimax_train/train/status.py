@@ -16,7 +16,12 @@ def run_status(run: Path) -> dict[str, Any]:
     steps = [line for line in lines if "loss" in line]
     scored = [line for line in lines if "validation_loss" in line]
     newest, passed = newest_verified(folder.checkpoints)
-    status: dict[str, Any] = {"run": str(run), "plan": plan.name, "step": steps[-1]["step"] if steps else 0, "total_steps": plan.total_steps}
+    status: dict[str, Any] = {
+        "run": str(run),
+        "plan": plan.name,
+        "step": steps[-1]["step"] if steps else 0,
+        "total_steps": plan.total_steps,
+    }
     if steps:
         last = steps[-1]
         seconds = sum(line["step_seconds"] for line in steps[-5:]) / len(steps[-5:])

@@ -57,6 +57,4 @@ def score(decoder: Decoder, rows: list[Row], session: Session) -> Score:
         counts += torch.stack([r.tokens_per_expert for r in routings])
     total = all_sum(torch.cat([sums, counts.flatten()]), data).cpu()
     share = total[2:].view(counts.shape)
-    return Score(
-        loss=float(total[0] / total[1]), tokens=int(total[1]), expert_share=(share / share.sum(1, keepdim=True)).tolist()
-    )
+    return Score(loss=float(total[0] / total[1]), tokens=int(total[1]), expert_share=(share / share.sum(1, keepdim=True)).tolist())

@@ -195,7 +195,15 @@ def test_bf16_error_does_not_grow_with_length() -> None:
         ({"slopes": torch.ones(3)}, "slopes"),
         ({"initial_state": torch.zeros(2, 2, 4, 4)}, "initial_state"),
         ({"k": torch.zeros(1, 10, 2, 5)}, "k"),
-        ({"q": torch.zeros(2, 10, 2, 4), "k": torch.zeros(2, 10, 2, 4), "v": torch.zeros(2, 10, 2, 4), "cu_seqlens": torch.tensor([0, 10])}, "cu_seqlens"),
+        (
+            {
+                "q": torch.zeros(2, 10, 2, 4),
+                "k": torch.zeros(2, 10, 2, 4),
+                "v": torch.zeros(2, 10, 2, 4),
+                "cu_seqlens": torch.tensor([0, 10]),
+            },
+            "cu_seqlens",
+        ),
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:

@@ -33,9 +33,7 @@ def test_outputs_and_gradients(experts: Experts, tokens: int) -> None:
     inputs = (x, experts.router.weight, experts.gate_up, experts.down)
     ours, theirs = experts(x)[0], dense(experts, x)
     assert (ours - theirs).norm() < 1e-6 * theirs.norm()
-    for a, b in zip(
-        torch.autograd.grad(ours.square().sum(), inputs), torch.autograd.grad(theirs.square().sum(), inputs), strict=True
-    ):
+    for a, b in zip(torch.autograd.grad(ours.square().sum(), inputs), torch.autograd.grad(theirs.square().sum(), inputs), strict=True):
         assert (a - b).norm() < 1e-5 * b.norm() + 1e-9
 
 

@@ -86,6 +86,13 @@ def test_position_plot_marks_the_previous_length(record: Record) -> None:
         for data in stairs.values():
             assert (data.edges[0], data.edges[-1]) == (128, 4 * previous)  # the bin from zero is drawn from 128, half its end
             assert previous in data.edges
+    assert record.positions is not None
+    for panel, stage in zip(axes[1::2], record.positions, strict=True):
+        better, worse = (patch.get_data() for patch in panel.patches if hasattr(patch, "get_data"))
+        assert better.edges.size < stage.edges.size  # neighbouring bins are merged
+        assert np.nanmax(better.values) < 0 < better.values.size - np.isnan(better.values).sum()
+        assert not (worse.values <= 0).any()
+        assert better.values[-1] == pytest.approx((stage.after - stage.before)[-1], abs=0.15)
     assert "change inside −0.033, beyond −0." in losses[0].get_title(loc="left")
 
 
