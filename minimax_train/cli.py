@@ -159,7 +159,7 @@ def _train(a: argparse.Namespace) -> int:
     place = find_place(os.environ)
     if place is not None and a.ranks not in (None, place.size):
         raise ValueError(f"--ranks is {a.ranks}, but the launcher started {place.size}: leave --ranks out under torchrun or srun")
-    ranks = place.size if place else a.ranks or 1
+    ranks = place.size if place else 1 if a.ranks is None else a.ranks
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; it must be at least 1")
     plan.check_ranks(ranks)

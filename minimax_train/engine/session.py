@@ -38,7 +38,9 @@ def session(device: Device = "cpu", layout: Layout | None = None, place: Place |
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"megatron\..*")  # that Transformer Engine and apex are absent is no news on a CPU
-        warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex).*")
+        warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex|apex|full scope is deprecated).*")
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")  # names megatron-core 0.16 still calls
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")  # DDP looks at what it owns
         logging.getLogger("megatron").setLevel(logging.WARNING)  # never higher: some warnings are the only sign of a corrupt checkpoint
         if device == "cpu":
             stack.enter_context(cpu_for_cuda())

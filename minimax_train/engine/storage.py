@@ -1,9 +1,11 @@
 """Sharded tensors to and from a folder, by megatron-core's dist_checkpointing (`torch_dist`)."""
 
+import shutil
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from minimax_train.engine.state import Sharded
 
@@ -12,14 +14,10 @@ def write_tensors(state: Sharded, folder: Path) -> None:
     """Every rank writes its shards into `folder`, which exists and is empty. OSError where the disk refuses."""
     folder.mkdir(exist_ok=True)
     try:
-        dist_checkpointing.save(dict(state), str(folder), ("torch_dist", 1), content_metadata={"distrib_optim_sharding_type": "flat_names"})
-    except OSError:
-        raise
-    except Exception as error:  # torch wraps what its writer processes met
-        cause = _operating_system_error(error)
-        if cause is None:
-            raise
-        raise OSError(cause) from error
+        dist_checkpointing.save(dict(state), str(folder), ("torch_dist", 1))
+    except CheckpointException as error:  # what torch makes of whatever its writer processes met, a full disk first of all
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"{reason} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there: is the disk full?)") from error
 
 
 @torch.no_grad()
@@ -29,20 +27,3 @@ def read_tensors(state: Sharded, folder: Path) -> None:
     for name, sharded in state.items():
         if loaded[name].data_ptr() != sharded.data.data_ptr():
             sharded.data.copy_(loaded[name])
-
-
-def _operating_system_error(error: BaseException) -> str | None:
-    """The text of the OSError behind `error`, if one is."""
-    seen, pending = set(), [error]
-    while pending:
-        current = pending.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, OSError):
-            return str(current)
-        if "[Errno" in str(current) and not isinstance(current, KeyError):
-            return str(current)[str(current).index("[Errno") :].split("\n")[0]
-        pending += [e for e in (current.__cause__, current.__context__) if e is not None]
-        pending += [f for f in getattr(current, "failures", {}).values() for f in (f[0] if isinstance(f, tuple) else f,)]
-    return None

@@ -10,7 +10,7 @@ def nats(value: float | None) -> str:
     """A loss: 3.412; says so when it was not measured (None) or is not finite."""
     if value is None:
         return NOT_MEASURED
-    return f"{value:.3f}" if isfinite(value) else "not finite"
+    return f"{value:.3f}".replace("-", "−") if isfinite(value) else "not finite"
 
 
 def difference(before: float | None, after: float | None) -> float | None:

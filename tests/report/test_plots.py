@@ -14,7 +14,7 @@ from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, t
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
 from minimax_train.report.summary import summarize
-from minimax_train.report.words import binary, brief, change, decimal, duration
+from minimax_train.report.words import binary, brief, change, decimal, duration, nats
 
 MakeRun = Callable[..., Path]
 
@@ -158,5 +158,6 @@ def test_words() -> None:
         "not finite",
     ]
     assert [change(value) for value in (-0.0333, 0.5, None, float("inf"))] == ["−0.033", "+0.500", "not measured", "not finite"]
+    assert [nats(value) for value in (3.4121, -0.6211, None, float("nan"))] == ["3.412", "−0.621", "not measured", "not finite"]
     assert [brief(999_999_999), brief(3_573_547_008_000)] == ["999,999,999", "3.574T"]
     assert [fit(9, "length 2,048", "2,048"), fit(4, "extend")] == ["2,048", "ext…"]
