@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -67,14 +68,12 @@ def figures(run: Path) -> dict[str, Any]:
 
 def compare_with_transformers(run: Path, export: Path, prefix: Path) -> float:
     """||ours - theirs|| / ||theirs|| of the logits over 2,048 held-out tokens, fp32."""
-    from transformers import AutoModelForCausalLM
-
     ids = torch.from_numpy(np.fromfile(prefix.with_name(prefix.name + ".bin"), np.uint16)[-2048:].astype(np.int64))[None]
     asked, answered = export.parent / "input_ids.safetensors", export.parent / "logits.safetensors"
     answered.unlink(missing_ok=True)
     save_file({"input_ids": ids}, asked)
     verb("logits", run, "--input-ids", asked, "--to", answered, "--dtype", "float32", threads=2)
-    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         theirs = model(ids, use_cache=False, attention_mask=torch.ones_like(ids)).logits
     return float((load_file(answered)["logits"] - theirs).norm() / theirs.norm())
@@ -82,10 +81,8 @@ def compare_with_transformers(run: Path, export: Path, prefix: Path) -> float:
 
 def generate(export: Path) -> str:
     """48 tokens by stock transformers, greedily. Without its cache, whose decoding is wrong when layer 0 is lightning."""
-    from transformers import AutoModelForCausalLM
-
     tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
-    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
     prompt = torch.tensor([tokenizer.encode("import os\nimport sys\n\n\ndef main(").ids])
     made = model.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=48, do_sample=False, use_cache=False, pad_token_id=0
@@ -122,6 +119,8 @@ def main() -> int:
     parser.add_argument("--to", type=Path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
     parser.add_argument("--ranks", type=int, default=2)
     arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()  # it reports the decay buffers as missing: it computes them, and they are never exported
+    transformers.logging.disable_progress_bar()
     run, ranks = arguments.to, arguments.ranks
     torch.set_num_threads(2)
     begin = time.monotonic()

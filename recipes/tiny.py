@@ -24,7 +24,7 @@ def stdlib() -> Plan:
                 rope_base=10_000.0,  # MiniMax-01 section 2, at its first length
                 tokens=524_288,
                 batch_tokens=4096,
-                learning_rate=LearningRate(peak=4e-3, warmup_steps=16),
+                learning_rate=LearningRate(peak=3e-3, warmup_steps=24),
             ),
             Stage(
                 name="8K",
@@ -32,7 +32,7 @@ def stdlib() -> Plan:
                 rope_base=100_000.0,
                 tokens=262_144,
                 batch_tokens=16_384,
-                learning_rate=LearningRate(peak=4e-3),
+                learning_rate=LearningRate(peak=3e-3),
             ),
             Stage(
                 name="32K",
@@ -40,7 +40,7 @@ def stdlib() -> Plan:
                 rope_base=1_000_000.0,
                 tokens=262_144,
                 batch_tokens=65_536,
-                learning_rate=LearningRate(peak=4e-3, final=2e-4, decay_tokens=262_144),
+                learning_rate=LearningRate(peak=3e-3, final=1.5e-4, decay_tokens=262_144),
             ),
         ),
         checkpoints=Checkpoints(every_steps=32),

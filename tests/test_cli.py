@@ -150,7 +150,9 @@ def test_start_from_converted_weights(recipe: Path, corpus: Path, tmp_path: Path
     """Train, export, import, begin from it: fresh works, carry is refused, another architecture and a lower RoPE base too."""
     first = tmp_path / "first"
     assert run("train", recipe, "--to", first, "--set", "steps=2").returncode == 0
-    exported = run("convert", "to-hf", first, "--to", tmp_path / "hf", "--format", "minimax", "--tokenizer", corpus / "train.tokenizer.json")
+    exported = run(
+        "convert", "to-hf", first, "--to", tmp_path / "hf", "--format", "minimax", "--tokenizer", corpus / "train.tokenizer.json"
+    )
     assert exported.returncode == 0, exported.stderr
     assert (tmp_path / "hf" / "tokenizer.json").exists()
     assert run("convert", "from-hf", tmp_path / "hf", "--to", tmp_path / "ckpt").returncode == 0
@@ -222,5 +224,7 @@ def test_data_verbs(tmp_path: Path, corpus: Path) -> None:
     refused("data", "verify", tmp_path / "out" / "d", says=("d.bin",))
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"nope": 1}\n')
     refused("data", "prepare", tmp_path / "bad.jsonl", "--tokenizer", tokenizer, "--to", tmp_path / "out" / "b", says=("bad.jsonl", "2"))
-    refused("data", "prepare", tmp_path / "docs.jsonl", "--tokenizer", tmp_path / "no.json", "--to", tmp_path / "out" / "b", says=("no.json",))
+    refused(
+        "data", "prepare", tmp_path / "docs.jsonl", "--tokenizer", tmp_path / "no.json", "--to", tmp_path / "out" / "b", says=("no.json",)
+    )
     assert not list((tmp_path / "out").glob("b*"))

@@ -196,7 +196,7 @@ class _Run:
     def _facts(self) -> dict[str, Any]:
         """What ran where, for the log and the report."""
         count = count_parameters(self.plan.model)
-        first = self.held_out[self.plan.stages[0].length]
+        last = self.held_out[self.plan.stages[-1].length]
         return {
             "device": torch.cuda.get_device_name(self.session.device) if self.session.device.type == "cuda" else "cpu",
             "processor": platform.processor() or platform.machine(),
@@ -210,7 +210,7 @@ class _Run:
             "active_parameters": count.active,
             "peak_flops": self.peak.flops,
             "peak_flops_source": self.peak.source,
-            "unigram_entropy": unigram_entropy(first),
+            "unigram_entropy": unigram_entropy(last),
             "validation_tokens": {str(length): sum(len(row.tokens) for row in rows) for length, rows in sorted(self.held_out.items())},
         }
 

@@ -37,7 +37,9 @@ def test_bf16_round_trip_keeps_routers_in_fp32(alone: Session, tmp_path: Path) -
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(FIXTURE / "config.json", source)
-    tensors = {n: t if n.endswith("block_sparse_moe.gate.weight") else t.bfloat16() for n, t in load_file(FIXTURE / "model.safetensors").items()}
+    tensors = {
+        n: t if n.endswith("block_sparse_moe.gate.weight") else t.bfloat16() for n, t in load_file(FIXTURE / "model.safetensors").items()
+    }
     save_file(tensors, source / "model.safetensors")
     assert from_hf(source, tmp_path / "ckpt", alone).precision == "bf16"
     to_hf(tmp_path / "ckpt", tmp_path / "hf", "minimax_text_01", alone)
