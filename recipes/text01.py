@@ -8,12 +8,12 @@ def shape() -> Plan:
     """The architecture at its first published length and batch: for `show` and `count`. The schedule's other parts follow later.
 
     Length 8,192, batch 16M tokens, peak 2e-4 after 500 steps: MiniMax-01 (arXiv 2501.08313) section 4. The stage's 69B tokens run
-    to the first published doubling of the batch. Data prefixes are placeholders for your own.
+    to the first published doubling of the batch. The data prefixes stand for your own.
     """
     return Plan(
         name="text01-shape",
         model=text01(),
-        data=Data(train="data/text01/train", validation="data/text01/validation"),
+        data=Data(train="tokens/text01/train", validation="tokens/text01/validation"),
         stages=(
             Stage(
                 name="8K",
