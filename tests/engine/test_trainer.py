@@ -92,3 +92,61 @@ def test_optimizer_state_goes_on_under_another_degree(
     else:
         tolerance = 1e-6 if precision == "fp32" else 2e-4
         assert losses == pytest.approx(whole[0][3:], rel=tolerance)
+
+
+def gradient_of_uneven_rows(place: Place, corpus: Path) -> tuple[float, float]:
+    """(the engine's gradient norm, plain autograd's) of a batch whose rows predict 60, 5 and 40 tokens."""
+    torch.set_num_threads(1)
+    plan = little_plan(corpus)
+    with session(place=place) as joined:
+        from minimax_train.engine.stage import bare, build_stage
+        from minimax_train.engine.trainer import Trainer
+
+        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        rows = [to_row(source.row(i), joined.device) for i in range(3)]
+        for row, predicted in zip(rows, (60, 5, 40), strict=True):
+            assert row.labels is not None
+            row.labels[predicted:] = -100
+        decoder = bare(build_stage(plan.model, joined, seed=plan.seed))
+        total = torch.zeros(())
+        everything = sum(int((row.labels >= 0).sum()) for row in rows if row.labels is not None)
+        for row in rows:
+            losses, routings = decoder(row)
+            assert row.labels is not None
+            weight = (row.labels >= 0).sum() / everything
+            total = total + losses.sum() / everything + plan.auxiliary_loss * weight * sum(r.auxiliary_loss for r in routings)
+        total.backward()
+        plain = torch.stack([p.grad.square().sum() for p in decoder.parameters() if p.grad is not None]).sum().sqrt().item()
+        return Trainer(plan, joined).step(rows, 1e-3).grad_norm, plain
+
+
+def test_loss_is_the_mean_over_all_predicted_tokens(corpus: Path) -> None:
+    """Not the mean of the rows' means; and the auxiliary loss of a row weighs as much as its tokens."""
+    ours, plain = run_ranks(1, gradient_of_uneven_rows, corpus)[0]
+    assert ours == pytest.approx(plain, rel=1e-5)
+
+
+def weights_after_an_idle_step(place: Place, corpus: Path, checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(weights loaded without optimizer state, the same after a step at rate 0)."""
+    from minimax_train.checkpoint.store import verified_record
+
+    plan = little_plan(corpus, precision="bf16", seed=99)
+    with session(place=place) as joined:
+        from minimax_train.engine.trainer import Trainer
+
+        trainer = Trainer(plan, joined)
+        restore(trainer, Opening(checkpoint=checkpoint, record=verified_record(checkpoint), resumed=False, notes=[]), plan)
+        before = {name: p.detach().clone() for name, p in trainer.decoder.named_parameters()}
+        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        trainer.step([to_row(source.row(place.rank), joined.device)], 0.0)
+        trainer.settle()
+        return before, {name: p.detach().clone() for name, p in trainer.decoder.named_parameters()}
+
+
+def test_fresh_optimizer_starts_from_the_loaded_weights(corpus: Path, tmp_path: Path) -> None:
+    """In bf16 the optimizer holds fp32 copies of its own: a step at rate 0 must leave the loaded weights, not bring back the drawn ones."""
+    _, _, saved = run_ranks(1, train, corpus, 2, {"precision": "bf16"}, None, tmp_path / "ckpt")[0]
+    before, after = run_ranks(2, weights_after_an_idle_step, corpus, tmp_path / "ckpt")[0]
+    for name, weight in saved.items():
+        assert torch.equal(before[name].float(), weight), name
+        assert torch.equal(after[name], before[name]), name

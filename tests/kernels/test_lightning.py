@@ -16,7 +16,9 @@ DOCUMENTS = {  # lengths; empty and one-token documents, borders off every chunk
     1: [1],
     5: [2, 0, 3],
     63: [63],
+    64: [64],
     65: [0, 1, 64, 0],
+    192: [64, 128],  # every chunk full
     257: [100, 1, 1, 155],
     2049: [1000, 37, 0, 1012],
     5000: [4999, 1],
@@ -71,7 +73,7 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     return torch.einsum("hij,jhd->ihd", torch.einsum("ihd,jhd->hij", q, k) * mask, v)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 63, 65, 257])
+@pytest.mark.parametrize("tokens", [1, 5, 63, 64, 65, 192, 257])
 @pytest.mark.parametrize("backend", ["definition", "cpu"])
 def test_against_the_quadratic_form(tokens: int, backend: str) -> None:
     """Outputs, final states and gradients in fp64."""
@@ -182,6 +184,24 @@ def test_bf16_error_does_not_grow_with_length() -> None:
         errors.append(relative(o[:, -200:], truth[:, -200:]))
     assert max(errors) < 6e-3
     assert errors[1] < 1.3 * errors[0]
+
+
+def test_bf16_gradients_do_not_lose_accuracy_with_length() -> None:
+    """dq, dk, dv and the initial state's gradient at layer 78's slopes, where they gather over thousands of tokens."""
+    slopes = decay_slopes(64, 78, 80)[-4:]
+    for tokens in (1024, 8192):
+        g = torch.Generator().manual_seed(0)
+        inputs = [torch.nn.functional.silu(torch.randn(1, tokens, 4, 64, generator=g)).bfloat16() for _ in range(3)]
+        inputs.append(torch.randn(1, 4, 64, 64, generator=g))
+        upstream = torch.randn(1, tokens, 4, 64, generator=g).bfloat16()
+        gradients = []
+        for dtype in (torch.bfloat16, torch.float64):
+            leaves = [x.to(dtype if x.dtype == torch.bfloat16 else torch.promote_types(x.dtype, dtype)).requires_grad_() for x in inputs]
+            o, _ = lightning_attention(*leaves[:3], slopes, initial_state=leaves[3])
+            gradients.append(torch.autograd.grad(o, leaves, upstream.to(dtype)))
+        for ours, truth in zip(*gradients, strict=True):
+            print(tokens, relative(ours, truth))
+            assert relative(ours, truth) < 6e-3
 
 
 @pytest.mark.parametrize(
