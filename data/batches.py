@@ -11,6 +11,8 @@ from data.shuffle import shuffled
 
 NOTHING_TO_PREDICT = -100
 """Label of a document's last token; torch's cross_entropy ignores it by default."""
+CUT_ORDER = 2**32
+"""Added to the seed for the order of cuts, so that it has nothing to do with the order of documents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,27 +36,34 @@ class Row:
 
 
 class TrainingRows:
-    """An endless stream of documents, shuffled anew each epoch, cut every `length` tokens.
+    """An endless stream of documents, shuffled anew each epoch, cut every `length` tokens, its cuts drawn in random order.
 
-    The stream is epoch 0, epoch 1, ..., each all documents one after the other in an order drawn from (seed, epoch). Row i holds its
-    tokens offset + i*length up to offset + (i+1)*length: `offset` lets a stage go on where one of another length stopped. A dataset
-    shorter than a row works: the row then spans epochs.
+    The stream is epoch 0, epoch 1, ..., each all documents one after the other in an order drawn from (seed, epoch). Cut i holds its
+    tokens i*length up to (i+1)*length. As many cuts as fit into an epoch make a block, and training takes each block's cuts in an order
+    of its own: neighbouring cuts are often the same long document, and a model that sees one for many steps on end forgets the rest.
+    A dataset shorter than a row works: the row then spans epochs.
     """
 
-    def __init__(self, dataset: TokenDataset, *, seed: int, length: int, offset: int = 0) -> None:
-        if length < 1 or offset < 0 or seed < 0:
-            raise ValueError(f"seed {seed}, length {length}, offset {offset}: seed and offset must be at least 0, length at least 1")
-        self.dataset = dataset
-        self.seed, self.length, self.offset = seed, length, offset
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._ends: NDArray[np.int64] = np.zeros(0, np.int64)
+    def __init__(self, dataset: TokenDataset, *, seed: int, length: int) -> None:
+        if length < 1 or seed < 0:
+            raise ValueError(f"seed {seed}, length {length}: seed must be at least 0, length at least 1")
+        self.dataset, self.seed, self.length = dataset, seed, length
+        self.block = max(1, dataset.token_count // length)
+        self._blocks: tuple[int, NDArray[np.int64]] | None = None
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # of the last two: a block reaches into a second
 
     def row(self, sample: int) -> Row:
-        """Row number `sample`, of exactly `length` tokens. Any order of calls; going on within an epoch is fastest (its order is kept)."""
+        """Row number `sample`, of exactly `length` tokens. Any order of calls; going on within a block is fastest (its order is kept)."""
         if sample < 0:
             raise ValueError(f"sample {sample}: samples are counted from 0")
-        first = self.offset + sample * self.length
+        block, place = divmod(sample, self.block)
+        if self._blocks is None or self._blocks[0] != block:
+            self._blocks = block, shuffled(self.block, seed=self.seed + CUT_ORDER, epoch=block)
+        return self.cut(block * self.block + int(self._blocks[1][place]))
+
+    def cut(self, number: int) -> Row:
+        """Cut `number` of the stream, counted from 0."""
+        first = number * self.length
         size = self.dataset.token_count
         pieces = []
         for epoch in range(first // size, (first + self.length - 1) // size + 1):
@@ -72,14 +81,14 @@ class TrainingRows:
 
     def _segments(self, epoch: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """What lies in tokens `start` to `stop` of an epoch: documents, first places, places after the last; int64 [S] each."""
-        if epoch != self._epoch:
-            self._order = shuffled(self.dataset.documents, seed=self.seed, epoch=epoch)
-            self._ends = np.cumsum(self.dataset.lengths[self._order])
-            self._epoch = epoch
-        low = int(np.searchsorted(self._ends, start, side="right"))
-        high = int(np.searchsorted(self._ends, stop, side="left")) + 1
-        documents = self._order[low:high]
-        ends = self._ends[low:high]
+        if epoch not in self._epochs:
+            order = shuffled(self.dataset.documents, seed=self.seed, epoch=epoch)
+            kept = list(self._epochs.items())[-1:]
+            self._epochs = dict([*kept, (epoch, (order, np.cumsum(self.dataset.lengths[order])))])
+        order, all_ends = self._epochs[epoch]
+        low = int(np.searchsorted(all_ends, start, side="right"))
+        high = int(np.searchsorted(all_ends, stop, side="left")) + 1
+        documents, ends = order[low:high], all_ends[low:high]
         begins = ends - self.dataset.lengths[documents]
         return documents, np.maximum(start, begins) - begins, np.minimum(stop, ends) - begins
 

@@ -99,7 +99,7 @@ class _Run:
         """The steps that are left of one stage."""
         self.trainer.decoder.rope_base = stage.rope_base
         data = self.session.groups.data
-        source = TrainingRows(self.train_data, seed=self.plan.seed, length=stage.length, offset=self._stage_offset())
+        source = TrainingRows(self.train_data, seed=self.plan.seed + self.progress.stage, length=stage.length)  # a stage draws anew
         if self.progress.step == 0:
             self._validate(stage)
         for step in range(self.progress.stage_step, stage.steps):
@@ -114,10 +114,6 @@ class _Run:
             self._write_step(stage, report, rate, time.perf_counter() - begin)
             tick()
             self._after_step(stage, ended=step + 1 == stage.steps)
-
-    def _stage_offset(self) -> int:
-        """Tokens of the stages before: where this one's stream of documents begins."""
-        return sum(stage.steps * stage.batch_tokens for stage in self.plan.stages[: self.progress.stage])
 
     def _advance(self, stage: Stage) -> None:
         p = self.progress

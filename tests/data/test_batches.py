@@ -66,12 +66,12 @@ def check_row(dataset: TokenDataset, row: Row) -> None:
 lengths_of_documents = st.lists(st.integers(1, 30), min_size=1, max_size=12)
 
 
-@given(lengths=lengths_of_documents, length=st.integers(1, 70), seed=st.integers(0, 5), offset=st.integers(0, 100))
-def test_rows_are_the_stream_cut_and_each_epoch_has_every_token_once(lengths: list[int], length: int, seed: int, offset: int) -> None:
+@given(lengths=lengths_of_documents, length=st.integers(1, 70), seed=st.integers(0, 5))
+def test_cuts_are_the_stream_and_each_epoch_has_every_token_once(lengths: list[int], length: int, seed: int) -> None:
     dataset = dataset_of(lengths)
     size = dataset.token_count
     count = -(-(3 * size) // length)
-    rows = [TrainingRows(dataset, seed=seed, length=length).row(sample) for sample in range(count)]
+    rows = [TrainingRows(dataset, seed=seed, length=length).cut(number) for number in range(count)]
     for row in rows:
         assert len(row.tokens) == length
         check_row(dataset, row)
@@ -84,10 +84,23 @@ def test_rows_are_the_stream_cut_and_each_epoch_has_every_token_once(lengths: li
         order = shuffled(len(lengths), seed=seed, epoch=epoch)
         assert part.tolist() == [place for d in order for place in range(dataset.offsets[d], dataset.offsets[d + 1])]
 
-    tokens = np.concatenate([row.tokens for row in rows])
-    shifted = TrainingRows(dataset, seed=seed, length=length, offset=offset)
-    for sample in range(max(0, (len(tokens) - offset) // length)):
-        assert shifted.row(sample).tokens.tolist() == tokens[offset + sample * length :][:length].tolist()
+
+@given(lengths=lengths_of_documents, length=st.integers(1, 40), seed=st.integers(0, 5))
+def test_rows_are_the_cuts_each_block_in_an_order_of_its_own(lengths: list[int], length: int, seed: int) -> None:
+    rows = TrainingRows(dataset_of(lengths), seed=seed, length=length)
+    places = [(row.documents.tolist(), row.starts.tolist()) for row in map(rows.row, range(3 * rows.block))]
+    cuts = [(row.documents.tolist(), row.starts.tolist()) for row in map(rows.cut, range(3 * rows.block))]
+    for block in range(3):
+        part = slice(block * rows.block, (block + 1) * rows.block)
+        assert sorted(places[part]) == sorted(cuts[part])
+
+
+def test_neighbouring_rows_are_seldom_neighbouring_cuts() -> None:
+    """One document of a thousand rows must not fill a thousand steps on end."""
+    rows = TrainingRows(dataset_of([1000 * 8, *[8] * 1000]), seed=1, length=8)
+    long = [int(np.argmax(rows.dataset.lengths)) in rows.row(sample).documents for sample in range(rows.block)]
+    assert 950 <= sum(long) <= 1050
+    assert 400 <= sum(a != b for a, b in itertools.pairwise(long[:1000])) <= 600  # about half, as of a fair coin; in order: 2
 
 
 def test_the_same_rows_for_any_number_of_ranks_and_any_order_of_asking() -> None:
@@ -120,7 +133,7 @@ def test_order_depends_on_seed_and_epoch_and_stays_for_ever() -> None:
 
 def test_a_row_longer_than_the_dataset_spans_epochs() -> None:
     dataset = dataset_of([3, 2])
-    row = TrainingRows(dataset, seed=0, length=23).row(1)
+    row = TrainingRows(dataset, seed=0, length=23).cut(1)
     check_row(dataset, row)
     assert Counter(row.documents.tolist()).most_common()[-1][1] >= 4
 
@@ -181,7 +194,7 @@ def test_ids_the_model_or_the_vocabulary_does_not_have_are_refused(prefix: Path)
 
 def test_impossible_arguments_are_refused() -> None:
     dataset = dataset_of([3])
-    for arguments in ({"length": 0}, {"length": 4, "offset": -1}, {"length": 4, "seed": -1}):
+    for arguments in ({"length": 0}, {"length": 4, "seed": -1}):
         with pytest.raises(ValueError, match="at least"):
             TrainingRows(dataset, **{"seed": 0, **arguments})
     with pytest.raises(ValueError, match="counted from 0"):
