@@ -1,6 +1,6 @@
 """Packed rows of documents: for training a pure function of (dataset, seed, length, sample number), for validation every document once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,17 +115,15 @@ def held_out_rows(dataset: TokenDataset, length: int) -> Iterator[Row]:
         first, taken = last, int(ends[last - 1])
 
 
-def unigram_entropy(dataset: TokenDataset) -> float:
-    """-sum_v p_v ln p_v in nats per token, p the frequencies over the labels of `held_out_rows`: all tokens but each document's first.
+def unigram_entropy(rows: Iterable[Row]) -> float:
+    """-sum_v p_v ln p_v in nats per token, p the frequencies of the rows' labels: what the best model without context would reach.
 
-    Raises ValueError when there is no such token.
+    Raises ValueError when the rows have nothing to predict.
     """
-    counts = np.zeros(dataset.vocabulary, np.int64)
-    for block in dataset.blocks():
-        counts += np.bincount(block, minlength=len(counts))
-    counts -= np.bincount(dataset.stream[dataset.offsets[:-1]], minlength=len(counts))
+    labels = np.concatenate([row.labels for row in rows])
+    counts = np.bincount(labels[labels != NOTHING_TO_PREDICT])
     if not counts.any():
-        raise ValueError(f"{dataset.prefix}: no document has a second token, so there is nothing to predict")
+        raise ValueError("no document of these rows has a second token, so there is nothing to predict")
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 

@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-from minimax_train.checkpoint.manifest import sync, write_manifest
+from data.commit import sync
+from minimax_train.checkpoint.manifest import write_manifest
 
 TEMPORARY = ".partial-"
 

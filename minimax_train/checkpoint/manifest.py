@@ -6,11 +6,12 @@ unpickled before its checksum holds.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from data.commit import sync
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -62,15 +63,6 @@ def damage(folder: Path) -> str | None:
         if checksum(path) != digest:
             return f"{name} was changed: its checksum does not hold"
     return None
-
-
-def sync(path: Path) -> None:
-    """Forces a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _body_digest(body: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from data.commit import sync
 from minimax_train.checkpoint.commit import abandon, begin
-from minimax_train.checkpoint.manifest import sync
 from minimax_train.checkpoint.store import load_weights, verified_record
 from minimax_train.convert.config import Format, write_config
 from minimax_train.convert.table import table

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data.batches import TrainingRows
+from data.batches import TrainingRows, unigram_entropy
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.store import folder_of, prune, save
 from minimax_train.engine.session import Session
@@ -26,7 +26,7 @@ from minimax_train.train.peak import peak_flops
 from minimax_train.train.resume import Opening, open_data, open_run, restore
 from minimax_train.train.rows import to_row
 from minimax_train.train.schedule import learning_rate
-from minimax_train.train.validate import Score, score, unigram_entropy, validation_rows
+from minimax_train.train.validate import Score, score, validation_rows
 from parallel.collectives import first_does
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from data.batches import Row, held_out_rows
@@ -33,14 +32,6 @@ def validation_rows(dataset: TokenDataset, length: int, tokens: int) -> list[Row
         rows.append(row)
         taken += len(row.tokens)
     return rows
-
-
-def unigram_entropy(rows: list[Row]) -> float:
-    """Nats per token of the best model without context: -sum p ln p over the labels of exactly these rows."""
-    labels = np.concatenate([row.labels for row in rows])
-    counts = np.bincount(labels[labels >= 0])
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
 
 
 @torch.no_grad()
