@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def _say_for_first(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minimax-train", description="Train, extend and convert MiniMax-type models.", allow_abbrev=False)
     parser.add_argument("--traceback", action="store_true", help="on an error, show where it came from")
+    parser.add_argument("--version", action="version", version=f"minimax-train {version('minimax-train')}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def add(name: str, verb: Verb, about: str, *, to: Any = verbs) -> argparse.ArgumentParser:
@@ -241,7 +243,7 @@ def _to_hf(a: argparse.Namespace) -> int:
     if a.tokenizer is not None and not a.tokenizer.is_file():
         raise ValueError(f"--tokenizer {a.tokenizer}: no such file")
     with session() as alone:
-        from minimax_train.checkpoint.store import resolve
+        from minimax_train.checkpoint.shelf import resolve
         from minimax_train.convert.to_hf import to_hf
 
         checkpoint = resolve(a.checkpoint)
@@ -254,7 +256,7 @@ def _logits(a: argparse.Namespace) -> int:
     from minimax_train.engine.session import session
 
     with session() as alone:
-        from minimax_train.checkpoint.store import resolve
+        from minimax_train.checkpoint.shelf import resolve
         from minimax_train.evaluate.logits import write_logits
 
         precision: Any = {None: None, "float32": "fp32", "bfloat16": "bf16"}[a.dtype]
@@ -284,7 +286,7 @@ def _checkpoint_verify(a: argparse.Namespace) -> int:
 def _print_checkpoints(path: Path, *, only_damaged: bool) -> bool:
     """One line each; True when there is one at least and (when verifying) all are intact."""
     from minimax_train.checkpoint.manifest import damage
-    from minimax_train.checkpoint.store import checkpoints_in
+    from minimax_train.checkpoint.shelf import checkpoints_in
 
     inside = path / "checkpoints"
     found = checkpoints_in(inside) if inside.is_dir() else [path] if (path / "checkpoint.json").is_file() else []
@@ -304,7 +306,7 @@ def _status(a: argparse.Namespace) -> int:
         print(json.dumps(status, indent=1))
     else:
         for name, value in status.items():
-            print(f"{name.replace('_', ' '):20}{value}")
+            print(f"{name.replace('_', ' '):24}{value}")
     return 0
 
 

@@ -7,7 +7,7 @@ from minimax_train.plan import Checkpoints, Data, LearningRate, Plan, Stage, Val
 def stdlib() -> Plan:
     """Three stages, 2K -> 8K -> 32K with a rising RoPE base, on the source files of the Python that runs it.
 
-    1.05M tokens of text in about 6 minutes on 2 cores (two ranks). The length grows x4 a stage, as in Kimi-VL's (arXiv 2504.07491
+    1.1M tokens of text in about 7 minutes on 2 cores (two ranks). The length grows x4 a stage, as in Kimi-VL's (arXiv 2504.07491
     section 2.3). The rate stays constant until the last stage, so that each stage still learns; it decays to the end of the run.
     """
     folder = "runs/data/stdlib"
@@ -22,7 +22,7 @@ def stdlib() -> Plan:
                 name="2K",
                 length=2048,
                 rope_base=10_000.0,  # MiniMax-01 section 2, at its first length
-                tokens=524_288,
+                tokens=458_752,
                 batch_tokens=4096,
                 learning_rate=LearningRate(peak=3e-3, warmup_steps=24),
             ),
@@ -38,7 +38,7 @@ def stdlib() -> Plan:
                 name="32K",
                 length=32_768,
                 rope_base=1_000_000.0,
-                tokens=262_144,
+                tokens=393_216,
                 batch_tokens=65_536,
                 learning_rate=LearningRate(peak=3e-3, final=1.5e-4, decay_tokens=262_144),
             ),

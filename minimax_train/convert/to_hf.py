@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from data.commit import sync
 from minimax_train.checkpoint.commit import abandon, begin
-from minimax_train.checkpoint.store import load_weights, verified_record
+from minimax_train.checkpoint.shelf import verified_record
+from minimax_train.checkpoint.store import load_weights
 from minimax_train.convert.config import Format, write_config
 from minimax_train.convert.table import table
 from minimax_train.engine.session import Session

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimax_train.checkpoint.record import Record
-from minimax_train.checkpoint.store import load_weights, verified_record
+from minimax_train.checkpoint.shelf import verified_record
+from minimax_train.checkpoint.store import load_weights
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import bare, build_stage
 from minimax_train.model.decoder import Decoder, Row

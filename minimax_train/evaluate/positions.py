@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import TokenDataset
-from minimax_train.checkpoint.store import folder_of
+from minimax_train.checkpoint.shelf import folder_of
 from minimax_train.engine.session import Session
 from minimax_train.evaluate.logits import load_decoder
 from minimax_train.model.decoder import Decoder, Row

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST_CHUNK = 64  # fastest of 32, 64, 128 in fp32 and bf16 at head size 64
+LONGEST_CHUNK = 64  # in bf16, half of it in fp32: the fastest of 32, 64, 128 at head sizes 32 (fp32), 64 and 128
 SHORTEST_CHUNK = 16
 BLOCK_NUMBERS = 1 << 18  # numbers in one scratch tensor, 512 tokens of 8 heads x 64: ten of them stay in cache (fastest of 2^16 .. 2^21)
-FEWEST_CHUNKS = 8  # in a block: one state is kept for backward each block, so that wide models keep few
+FEWEST_TOKENS = 512  # in a block: one state is kept for backward each block, so that wide models keep few
 
 
 def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, bounds: list[int], initial_NHDD: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,11 +62,12 @@ def cut(bounds: list[int], size: int) -> Iterator[Chunk]:
             yield Chunk(start=start, length=length, document=document, opens=start == first, closes=start + length == end)
 
 
-def chunk_size(bounds: list[int]) -> int:
-    """A power of two near the mean document length, so that scratch rows of many short documents are not mostly empty."""
+def chunk_size(bounds: list[int], dtype: torch.dtype) -> int:
+    """Tokens in a full chunk: a power of two near the mean document length, so that scratch of short documents is not mostly empty."""
     lengths = [end - first for first, end in zip(bounds, bounds[1:], strict=False) if end > first]
     mean = sum(lengths) // max(len(lengths), 1)
-    return min(LONGEST_CHUNK, max(SHORTEST_CHUNK, 1 << (mean - 1).bit_length() if mean else 0))
+    longest = LONGEST_CHUNK if dtype.itemsize == 2 else LONGEST_CHUNK // 2
+    return min(longest, max(SHORTEST_CHUNK, 1 << (mean - 1).bit_length() if mean else 0))
 
 
 class _Work:
@@ -74,9 +75,9 @@ class _Work:
 
     def __init__(self, like_THD: Tensor, slopes_H: Tensor, bounds: list[int], dtype: torch.dtype) -> None:
         _, heads, size = like_THD.shape
-        self.chunk = chunk_size(bounds)
+        self.chunk = chunk_size(bounds, like_THD.dtype)
         chunks = list(cut(bounds, self.chunk))
-        most = max(FEWEST_CHUNKS, BLOCK_NUMBERS // (self.chunk * heads * size))
+        most = max(1, FEWEST_TOKENS // self.chunk, BLOCK_NUMBERS // (self.chunk * heads * size))
         self.blocks = [chunks[i : i + most] for i in range(0, len(chunks), most)]
         self.shape = (min(most, len(chunks)), heads, self.chunk, size)
         self.like, self.state_dtype = like_THD, dtype

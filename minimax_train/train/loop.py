@@ -14,7 +14,8 @@ import torch
 
 from data.batches import TrainingRows, unigram_entropy
 from minimax_train.checkpoint.record import Progress, Record
-from minimax_train.checkpoint.store import folder_of, prune, save
+from minimax_train.checkpoint.shelf import folder_of, prune
+from minimax_train.checkpoint.store import save
 from minimax_train.engine.session import Session
 from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
 from minimax_train.engine.trainer import StepReport, Trainer

@@ -7,7 +7,8 @@ from data.batches import check_vocabulary
 from data.dataset import TokenDataset
 from minimax_train.checkpoint.commit import remove_leftovers
 from minimax_train.checkpoint.record import Progress, Record
-from minimax_train.checkpoint.store import check_architecture, describe, load_weights, newest_verified, resolve, set_aside, verified_record
+from minimax_train.checkpoint.shelf import check_architecture, describe, newest_verified, resolve, set_aside, verified_record
+from minimax_train.checkpoint.store import load_weights
 from minimax_train.engine.state import adopt_weights, optimizer_state, optimizer_steps, prepare_optimizer, set_optimizer_steps
 from minimax_train.engine.storage import read_tensors
 from minimax_train.engine.trainer import Trainer

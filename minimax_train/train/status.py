@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from minimax_train.checkpoint.store import describe, newest_verified
+from minimax_train.checkpoint.shelf import describe, newest_verified
 from minimax_train.train.folder import RunFolder
 from minimax_train.train.metrics import read_metrics
 

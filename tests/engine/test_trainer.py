@@ -29,7 +29,7 @@ def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load:
         trainer = Trainer(plan, joined)
         done = 0
         if load is not None:
-            from minimax_train.checkpoint.store import verified_record
+            from minimax_train.checkpoint.shelf import verified_record
 
             record = verified_record(load)
             restore(trainer, Opening(checkpoint=load, record=record, resumed=True, notes=[]), plan)
@@ -128,7 +128,7 @@ def test_loss_is_the_mean_over_all_predicted_tokens(corpus: Path) -> None:
 
 def weights_after_an_idle_step(place: Place, corpus: Path, checkpoint: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(weights loaded without optimizer state, the same after a step at rate 0)."""
-    from minimax_train.checkpoint.store import verified_record
+    from minimax_train.checkpoint.shelf import verified_record
 
     plan = little_plan(corpus, precision="bf16", seed=99)
     with session(place=place) as joined:

@@ -113,7 +113,8 @@ def test_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row over several blocks of scratch, heads of 64 as in a real layer."""
     from minimax_train.kernels import lightning_cpu
 
-    monkeypatch.setattr(lightning_cpu, "BLOCK_NUMBERS", 1)  # the fewest chunks a block may have
+    monkeypatch.setattr(lightning_cpu, "BLOCK_NUMBERS", 1)
+    monkeypatch.setattr(lightning_cpu, "FEWEST_TOKENS", 128)
     p = problem(700, [300, 0, 399, 1], torch.float32, size=64)
     for ours, theirs in zip(results(p, "cpu"), results(p, "definition"), strict=True):
         assert relative(ours, theirs) < 1e-5

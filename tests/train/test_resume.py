@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from minimax_train.checkpoint.store import checkpoints_in
+from minimax_train.checkpoint.shelf import checkpoints_in
 from minimax_train.recipe import as_yaml
 from tests.support import little_plan
 
