@@ -28,11 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             raise
         _say_for_first(f"minimax-train: error: {' '.join(str(error).split())}")
-        bad_input = isinstance(error, (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError))
-        return 2 if bad_input else 1
+        return _status_of(error)
     except KeyboardInterrupt:
         _say_for_first("minimax-train: interrupted; `train` goes on from the last checkpoint when it is called again")
         return 130
+
+
+def _status_of(error: Exception) -> int:
+    """2 for what the user gave, 1 for what went wrong."""
+    return 2 if isinstance(error, (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)) else 1
 
 
 def _say_for_first(line: str) -> None:
@@ -198,7 +202,7 @@ def _train_as_local(place: Any, plan: Plan, run: Path, profile: bool, traceback:
         if traceback:
             raise
         _say_for_first(f"minimax-train: error: {' '.join(str(error).split())}")
-        return 2 if isinstance(error, ValueError) else 1
+        return _status_of(error)
 
 
 def _data_prepare(a: argparse.Namespace) -> int:

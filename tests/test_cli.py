@@ -141,6 +141,8 @@ def test_a_folder_that_is_no_run(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("precious")
     refused("train", recipe, "--to", tmp_path, says=("exists and is not a run",))
     assert [p.name for p in tmp_path.iterdir() if p.name != "lock"] == ["mine"]
+    refused("train", recipe, "--to", tmp_path / "mine", says=("is a file",))
+    refused("train", recipe, "--to", tmp_path / "mine" / "below", says=("mine/below",))
     refused("status", tmp_path, says=("is not a run",))
     refused("report", tmp_path, says=("is not a run",))
     refused("checkpoint", "list", tmp_path, says=("neither a run",))

@@ -81,6 +81,8 @@ def replace_text(path: Path, text: str) -> None:
 @contextmanager
 def owned(run: Path) -> Iterator[None]:
     """One training process at a time; ValueError where another holds the run. The lock dies with its process."""
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file: --to needs a folder, new or a run's")
     run.mkdir(parents=True, exist_ok=True)
     with (run / "lock").open("w") as file:
         try:
