@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.model.config import ModelConfig
 from parallel.groups import Groups
 
@@ -19,6 +20,22 @@ class Column(ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = super().forward(x)[0]
         return output
+
+
+class Head(Column):
+    """The LM head: logits, or with labels each token's cross-entropy without ever making all logits.
+
+    Both are the module's call, not a use of its weight from outside: DDP waits for a weight's gather when its module is called.
+    """
+
+    fp32 = False
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is not None:
+            return linear_cross_entropy(x, self.weight, labels, fp32=self.fp32)
+        if self.fp32:
+            return x.float() @ self.weight.float().T
+        return super().forward(x)
 
 
 class Row(RowParallelLinear):
@@ -84,6 +101,12 @@ class MegatronParts:
         linear = Row(inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=False, **self._common())
         set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
         return linear
+
+    def head(self, inputs: int, outputs: int, *, fp32: bool) -> nn.Module:
+        head = Head(inputs, outputs, bias=False, gather_output=False, **self._common())
+        head.fp32 = fp32
+        set_tensor_model_parallel_attributes(head.weight, True, 0, 1)
+        return head
 
     def embedding(self, rows: int, size: int) -> nn.Module:
         embedding = VocabParallelEmbedding(rows, size, reduce_scatter_embeddings=self.config.sequence_parallel, **self._common())

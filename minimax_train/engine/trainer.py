@@ -39,14 +39,19 @@ class StepReport:
 class Trainer:
     """Model, gradients and optimizer of one rank; a step trains on the rank's rows of a global batch."""
 
-    def __init__(self, plan: Plan, session: Session) -> None:
+    def __init__(self, plan: Plan, session: Session, *, bucket_size: int | None = None) -> None:
+        """`bucket_size`: numbers in a bucket of gradients that are reduced together (None: megatron-core's 40M)."""
         self.plan, self.session = plan, session
         stage = build_stage(plan.model, session, dtype=plan.precision, seed=plan.seed, fp32_head=plan.fp32_head)
         config = stage.config
         self.model = DistributedDataParallel(
             config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=True,
+                overlap_param_gather=True,
+                bucket_size=bucket_size,
             ),
             stage,
         )

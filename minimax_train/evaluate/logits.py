@@ -45,7 +45,7 @@ def read_input_ids(path: Path, vocabulary: int) -> Tensor:
 @torch.no_grad()
 def batch_logits(decoder: Decoder, ids_BT: Tensor) -> Tensor:
     """`[B, T]` -> `[B, T, vocabulary]`; every row is one document."""
-    device = decoder.head_weight.device
+    device = next(decoder.parameters()).device
     return torch.stack([decoder.logits(Row.of_documents([ids]).to(device)) for ids in ids_BT])
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.model.block import Block, Documents
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.experts import Routing
@@ -55,18 +54,13 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         layers = range(config.num_layers) if layers is None else layers
-        self.config, self.fp32_head, self.rope_base = config, fp32_head, rope_base
+        self.config, self.rope_base = config, rope_base
         if layers.start == 0:
             self.embedding = parts.embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})  # keyed by the global layer number
         if layers.stop == config.num_layers:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
-            self.head = parts.column(config.hidden_size, config.vocab_size)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """`[vocabulary, hidden]`."""
-        return self.head.get_parameter("weight")
+            self.head = parts.head(config.hidden_size, config.vocab_size, fp32=fp32_head)
 
     def documents(self, row: Row) -> Documents:
         """The row's borders and rotary angles, derived once for all layers."""
@@ -83,13 +77,14 @@ class Decoder(nn.Module):
 
     def losses(self, x_TC: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of every token, `[T]` fp32 nats, 0 where the label is -100; logits exist in chunks only."""
-        return linear_cross_entropy(self.norm(x_TC), self.head_weight, labels, fp32=self.fp32_head)
+        losses: Tensor = self.head(self.norm(x_TC), labels)
+        return losses
 
     def logits(self, row: Row) -> Tensor:
         """`[T, vocabulary]` for a short row; training uses `losses`."""
         x, _ = self.hidden(self.embedding(row.tokens), row)
-        x = self.norm(x)
-        return x.float() @ self.head_weight.float().T if self.fp32_head else self.head(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     def forward(self, row: Row) -> tuple[Tensor, list[Routing]]:
         """Losses `[T]` and each layer's routing, for a model in one stage."""

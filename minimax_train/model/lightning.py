@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.kernels import silu_lightning_attention
-from minimax_train.kernels.gated_norm import gated_rms_norm
 from minimax_train.model.config import ModelConfig
-from minimax_train.model.norm import RMSNorm
+from minimax_train.model.norm import GatedRMSNorm
 from minimax_train.model.parts import Parts
 
 
@@ -36,7 +35,7 @@ class LightningAttention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv_proj = parts.column(config.hidden_size, 3 * width)
         self.output_gate = parts.column(config.hidden_size, width)
-        self.norm = RMSNorm(width, config.lightning_norm_eps, parts.dtype, parts.device)
+        self.norm = GatedRMSNorm(width, config.lightning_norm_eps, parts.dtype, parts.device)
         self.out_proj = parts.row(width, config.hidden_size)
         self.slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers).to(parts.device)
 
@@ -45,4 +44,4 @@ class LightningAttention(nn.Module):
         tokens = x_TC.shape[0]
         qkv = self.qkv_proj(x_TC).view(1, tokens, -1, 3, self.head_dim)
         o, _ = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens)
-        return self.out_proj(gated_rms_norm(o.reshape(tokens, -1), self.output_gate(x_TC), self.norm.weight, self.norm.eps))
+        return self.out_proj(self.norm(o.reshape(tokens, -1), self.output_gate(x_TC)))

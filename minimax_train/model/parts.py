@@ -31,6 +31,10 @@ class Parts(Protocol):
         """y = x W^T, W `[outputs, inputs]` cut over inputs: `[T, inputs / tensor]` -> `[T, outputs]`, summed over the group."""
         ...
 
+    def head(self, inputs: int, outputs: int, *, fp32: bool) -> nn.Module:
+        """A column whose call takes labels too: `[T, inputs]`, int64 `[T]` -> losses `[T]`; without labels, logits. `fp32`: in fp32."""
+        ...
+
     def embedding(self, rows: int, size: int) -> nn.Module:
         """Lookup in E `[rows, size]`, cut over rows: int64 `[T]` -> `[T, size]`."""
         ...

@@ -26,7 +26,8 @@ def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load:
         from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
         from minimax_train.engine.trainer import Trainer
 
-        trainer = Trainer(plan, joined)
+        trainer = Trainer(plan, joined, bucket_size=5000 if place.size > 1 else 3000)
+        assert len(trainer.model.bucket_groups) > 3, "default buckets hold 40M numbers: faults of several padded ones would be invisible"
         done = 0
         if load is not None:
             from minimax_train.checkpoint.shelf import verified_record
