@@ -43,5 +43,5 @@ class LightningAttention(nn.Module):
         """`[T, hidden]` -> `[T, hidden]`; the state starts from zero at every document of `cu_seqlens` `[documents + 1]`."""
         tokens = x_TC.shape[0]
         qkv = self.qkv_proj(x_TC).view(1, tokens, -1, 3, self.head_dim)
-        o, _ = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens)
+        o = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens)
         return self.out_proj(self.norm(o.reshape(tokens, -1), self.output_gate(x_TC)))

@@ -1,7 +1,5 @@
 """Lightning attention: the definition against the quadratic form in fp64, the fast form against the definition."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -26,18 +24,9 @@ DOCUMENTS = {  # lengths; empty and one-token documents, borders off every chunk
 
 
 @pytest.fixture(params=[False, True], ids=["scratch as found", "scratch of NaN"], autouse=True)
-def scratch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Uninitialised memory may hold anything: in the second form it holds NaN, so that reading it is seen."""
+def scratch(request: pytest.FixtureRequest) -> None:
     if request.param:
-        new_empty, empty, empty_like = Tensor.new_empty, torch.empty, torch.empty_like
-
-        def poisoned(x: Tensor) -> Tensor:
-            return x.fill_(float("nan")) if x.is_floating_point() else x
-
-        monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: poisoned(new_empty(self, *a, **k)))
-        monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-        monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
-    yield
+        request.getfixturevalue("poison")
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
@@ -163,13 +152,13 @@ def test_silu_form(tokens: int) -> None:
     for form in ("fused", "plain"):
         qkv = p["qkv"].clone().requires_grad_()
         if form == "fused":
-            o, final = silu_lightning_attention(qkv, SLOPES, cu_seqlens=p["cu_seqlens"])
+            o = silu_lightning_attention(qkv, SLOPES, cu_seqlens=p["cu_seqlens"])
         else:
             q, k, v = torch.nn.functional.silu(qkv).unbind(3)
-            o, final = lightning_attention(q, k, v, SLOPES, cu_seqlens=p["cu_seqlens"], backend="definition")
+            o, _ = lightning_attention(q, k, v, SLOPES, cu_seqlens=p["cu_seqlens"], backend="definition")
         weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(0))
-        ((o * weights).sum() + final.sum()).backward()
-        outcomes.append((o.detach(), final.detach(), qkv.grad))
+        (o * weights).sum().backward()
+        outcomes.append((o.detach(), qkv.grad))
     for ours, theirs in zip(*outcomes, strict=True):
         assert relative(ours, theirs) < 1e-5  # type: ignore[arg-type]
 
@@ -211,7 +200,7 @@ def test_bf16_gradients_do_not_lose_accuracy_with_length() -> None:
         ({"cu_seqlens": torch.tensor([0, 9])}, "cu_seqlens"),
         ({"cu_seqlens": torch.tensor([1, 10])}, "cu_seqlens"),
         ({"cu_seqlens": torch.tensor([0, 6, 4, 10])}, "cu_seqlens"),
-        ({"backend": "triton"}, "backend"),
+        ({"backend": "triton"}, "heads of 64 or 128"),
         ({"backend": "magic"}, "backend"),
         ({"slopes": torch.ones(3)}, "slopes"),
         ({"initial_state": torch.zeros(2, 2, 4, 4)}, "initial_state"),
