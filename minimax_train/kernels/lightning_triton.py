@@ -46,12 +46,11 @@ class Tiles:
 
 
 def tiles(size: int, dtype: torch.dtype) -> Tiles:
-    """The shipped configuration for a head size and dtype: none spills on sm_90 (tests/kernels/test_offline.py prints what each takes)."""
+    """The shipped configuration for a head size and dtype: none spills on sm_90 (benchmarks/kernel_resources.py shows what each takes)."""
     if dtype == torch.float32:
-        part = min(size, 32)
         return Tiles(
-            tokens=16, inner=part, columns=part, warps=4, stages=1, state_rows=part, state_columns=part, state_warps=4, state_stages=1
-        )
+            tokens=16, inner=16, columns=32, warps=4, stages=1, state_rows=32, state_columns=32, state_warps=4, state_stages=1
+        )  # fmt: skip
     columns, stages, state_warps = min(size, 64), 2 if size == 128 else 3, 8 if size == 128 else 4
     return Tiles(
         tokens=64, inner=size, columns=columns, warps=4, stages=stages,

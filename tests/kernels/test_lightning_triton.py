@@ -247,7 +247,11 @@ def test_rule_for_the_segment(size: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"dtype": torch.float64}, "bf16, fp16 or fp32"), ({"size": 48}, "heads of 64 or 128"), ({"dtype": torch.bfloat16}, "TRITON_INTERPRET")],
+    [
+        ({"dtype": torch.float64}, "bf16, fp16 or fp32"),
+        ({"size": 48}, "heads of 64 or 128"),
+        ({"dtype": torch.bfloat16}, "TRITON_INTERPRET"),
+    ],
 )
 def test_bad_input(change: dict[str, Any], message: str, device: str) -> None:
     if device == "cuda" and message == "TRITON_INTERPRET":

@@ -1,0 +1,202 @@
+"""What every shipped Triton kernel takes of an H100: registers, stack, spills, shared memory, tensor cores. Compiled without a GPU.
+
+    python benchmarks/kernel_resources.py [--json]
+
+The operators are called on tensors without memory, and each launch is compiled as it would be launched, with the compiler and
+disassembler of the triton wheel. Writes benchmarks/results/kernel_resources.{json,md}; with --json prints the rows and writes nothing.
+Exit code 1 if a kernel has a stack, spills, needs more shared memory or registers than a multiprocessor has, or misses the tensor cores.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from minimax_train.kernels import lightning_triton, lightning_triton_kernels
+
+SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
+REGISTERS = 65_536
+TOKENS, HEADS = 65_536, 8
+SCALAR_KERNELS = ("cut_row", "scan_states")  # no products
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One launch: the kernel's name, its arguments as Triton would specialise them, warps and stages."""
+
+    operator: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[int, ...]
+    warps: int
+    stages: int
+
+
+class Recorder:
+    """Stands where a kernel stands; launching it notes the launch."""
+
+    def __init__(self, name: str, kernel: Any, operator: str, launches: list[Launch]) -> None:
+        self.name, self.kernel, self.operator, self.launches = name, kernel, operator, launches
+
+    def __getitem__(self, grid: object) -> "Recorder":
+        return self
+
+    def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+        bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
+        compile_time = {p.name for p in self.kernel.params if p.is_constexpr}
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        aligned = []
+        for i, (name, value) in enumerate(bound.items()):
+            if name in compile_time or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                aligned.append(i)
+            else:
+                signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
+                if value % 16 == 0:
+                    aligned.append(i)
+        self.launches.append(
+            Launch(
+                operator=self.operator,
+                kernel=self.name,
+                signature=signature,
+                constants=constants,
+                aligned=tuple(aligned),
+                warps=num_warps,
+                stages=num_stages,
+            )
+        )
+
+
+def lightning(size: int, dtype: torch.dtype, states: bool, length: int | None) -> list[Launch]:
+    """Every launch of a forward and a backward: the layer's call (packed, no states given or wanted), or the one with both."""
+    launches: list[Launch] = []
+    operator = f"lightning, D {size}, {TYPES[dtype]}"
+    names = ("cut_row", "segment_states", "scan_states", "outputs", "query_gradient", "key_value_gradient")
+    fake = {name: Recorder(name, getattr(lightning_triton_kernels, name), operator, launches) for name in names}
+    with patch.multiple(lightning_triton_kernels, **fake), patch.object(lightning_triton, "_refuse"), torch.device("meta"):
+        slopes, cu_seqlens = torch.empty(HEADS), torch.empty(4, dtype=torch.int32)
+        qkv = torch.empty(TOKENS, HEADS, 3, size, dtype=dtype, requires_grad=True)
+        if states:
+            initial = torch.empty(3, HEADS, size, size, requires_grad=True)
+            o, final = lightning_triton.lightning_attention(*qkv.unbind(2), slopes, cu_seqlens, initial, rows=1, final=True, length=length)
+            torch.autograd.grad([o, final], [qkv, initial], [torch.empty_like(o), torch.empty_like(final)])
+        else:
+            o = lightning_triton.packed_lightning_attention(qkv, slopes, cu_seqlens, rows=1, length=length)
+            torch.autograd.grad(o, qkv, torch.empty_like(o))
+    return launches
+
+
+def all_launches() -> Iterator[Launch]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for size in lightning_triton.HEAD_SIZES:
+            for states in (False, True):
+                for length in (None, TOKENS):  # by the rule: two passes; and a single pass
+                    yield from lightning(size, dtype, states, length)
+
+
+def resources(launch: Launch) -> dict[str, Any]:
+    """Compiles one launch for sm_90 and reads what the binary takes."""
+    kernel = getattr(lightning_triton_kernels, launch.kernel)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
+    source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
+    built = triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    )
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        used, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "--dump-sass")
+        )
+    found = {name: re.search(rf"{name}:(\d+)", used) for name in ("REG", "STACK")}
+    if not all(found.values()):
+        raise RuntimeError(f"cuobjdump's report of {launch.kernel} was not understood: {used}")
+    registers, stack = (int(match[1]) for match in found.values() if match)
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("LDL", "STL", "HGMMA", "HMMA")}
+    tf32 = len(re.findall(r"\bH?G?MMA\S*TF32", code))
+    return {
+        "operator": launch.operator, "kernel": launch.kernel, "warps": launch.warps, "stages": launch.stages, "registers": registers,
+        "stack": stack, "spills": counts["LDL"] + counts["STL"], "shared": built.metadata.shared, "HGMMA": counts["HGMMA"],
+        "HMMA": counts["HMMA"], "TF32": tf32,
+    }  # fmt: skip
+
+
+def complaints(row: dict[str, Any]) -> list[str]:
+    """What is wrong with one kernel."""
+    wrong = [f"{row['stack']} bytes of stack"] if row["stack"] else []
+    wrong += [f"{row['spills']} spills"] if row["spills"] else []
+    wrong += [f"{row['shared']} bytes of shared memory"] if row["shared"] > SHARED_MEMORY else []
+    wrong += [f"{row['registers']} registers x {32 * row['warps']} threads"] if row["registers"] * 32 * row["warps"] > REGISTERS else []
+    if row["kernel"] not in SCALAR_KERNELS:
+        low = "fp32" not in row["operator"]
+        wrong += ["no HGMMA"] if low and not row["HGMMA"] else []
+        wrong += ["HMMA"] if row["HMMA"] else []
+        wrong += ["tensor cores for fp32 (TF32)"] if not low and (row["HGMMA"] or row["TF32"]) else []
+    return [f"{row['operator']}: {row['kernel']}: {what}" for what in wrong]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per operator and kernel, the most (of HGMMA the least) over its forms."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["operator"], row["kernel"]), []).append(row)
+    lines = [
+        "# What the Triton kernels take, compiled for sm_90 without a GPU",
+        "",
+        f"triton {triton.__version__}, {len(rows)} launches, {len({r['operator'] for r in rows})} operators; each line is the worst of the "
+        "kernel's forms (with and without states between segments, given states, wanted end states). No kernel was run for this table.",
+        "",
+        "| operator | kernel | forms | warps | stages | registers | stack | spills | shared memory | HGMMA |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (operator, kernel), forms in groups.items():
+        most = [max(row[k] for row in forms) for k in ("warps", "stages", "registers", "stack", "spills")]
+        shared, tensor = max(row["shared"] for row in forms), min(row["HGMMA"] for row in forms)
+        lines.append(f"| {operator} | {kernel} | {len(forms)} | {' | '.join(map(str, most))} | {shared / 1024:.0f} KB | {tensor} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, write nothing")
+    as_json = parser.parse_args().json
+    launches = list({repr(launch): launch for launch in all_launches()}.values())  # without repeats
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        rows = list(pool.map(resources, launches))
+    wrong = [complaint for row in rows for complaint in complaints(row)]
+    if as_json:
+        print(json.dumps(rows))
+    else:
+        print(table(rows))
+        results = Path(__file__).parent / "results"
+        (results / "kernel_resources.json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+        (results / "kernel_resources.md").write_text(table(rows))
+    for complaint in wrong:
+        print(complaint, file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
