@@ -28,8 +28,10 @@ check: setup
 	$(BIN)/lint-imports
 
 bench: setup
+	$(BIN)/python benchmarks/lightning_cpu.py
 	$(BIN)/python benchmarks/lightning_layer.py
 	$(BIN)/python benchmarks/tiny_step.py
 
 bench-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/lightning_gpu.py

@@ -21,6 +21,7 @@ from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttenti
 
 from minimax_train.engine.parts import MegatronParts, transformer_config
 from minimax_train.engine.session import Session, session
+from minimax_train.kernels.choice import best_backends
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.lightning import LightningAttention
 
@@ -40,8 +41,9 @@ def layers(precision: str, joined: Session) -> tuple[LightningAttention, torch.n
     )  # fmt: skip
     dtype = DTYPES[precision]
     parts = MegatronParts(
-        config=transformer_config(config, joined.groups, dtype, joined.device), groups=joined.groups, device=joined.device
-    )
+        config=transformer_config(config, joined.groups, dtype, joined.device), groups=joined.groups, device=joined.device,
+        backends=best_backends(joined.device, dtype, config.head_dim),
+    )  # fmt: skip
     ours = LightningAttention(config, LAYER, parts)
     kinds = ["linear_attention"] * 7 + ["full_attention"]
     native = MiniMaxConfig(hidden_size=512, num_attention_heads=8, head_dim=64, num_hidden_layers=LAYERS, layer_types=kinds)

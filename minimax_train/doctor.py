@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 
+from minimax_train.kernels.choice import best_backends
+
 
 def examine() -> dict[str, str]:
     """Facts by name; nothing is changed, nothing is timed."""
@@ -23,6 +25,10 @@ def examine() -> dict[str, str]:
     facts["triton"] = _version("triton")
     facts["transformer-engine"] = "present" if importlib.util.find_spec("transformer_engine") else "absent (used on GPUs when present)"
     facts["apex"] = "present" if importlib.util.find_spec("amp_C") else "absent (used on GPUs when present)"
+    facts["flash-attn"] = _version("flash-attn")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    choice = best_backends(device, torch.bfloat16, 128)
+    facts["backends"] = f"lightning {choice.lightning}, softmax {choice.softmax} (bf16 heads of 128 on {device})"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts[f"cuda:{index}"] = torch.cuda.get_device_name(index)

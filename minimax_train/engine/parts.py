@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from minimax_train.kernels.choice import Backends
 from minimax_train.kernels.cross_entropy import linear_cross_entropy
 from minimax_train.model.config import ModelConfig
 from parallel.groups import Groups
@@ -83,6 +84,7 @@ class MegatronParts:
     config: TransformerConfig
     groups: Groups
     device: torch.device
+    backends: Backends
 
     @property
     def dtype(self) -> torch.dtype:

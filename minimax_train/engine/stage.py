@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from minimax_train.engine.parts import MegatronParts, transformer_config
 from minimax_train.engine.session import Session
+from minimax_train.kernels.choice import best_backends
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.decoder import Decoder, Row
 from minimax_train.model.experts import Routing
@@ -45,7 +46,8 @@ def build_stage(
     """The model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
-    parts = MegatronParts(config=megatron, groups=session.groups, device=session.device)
+    backends = best_backends(session.device, torch_dtype, config.head_dim)
+    parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends)
     decoder = Decoder(config, parts, fp32_head=fp32_head, rope_base=rope_base)
     if seed is not None:
         initialise(decoder, config, seed)

@@ -48,7 +48,7 @@ class Block(nn.Module):
         if isinstance(self.attention, LightningAttention):
             mixed = self.attention(h, documents.cu_seqlens)
         else:
-            mixed = self.attention(h, documents.turn, documents.boundaries)
+            mixed = self.attention(h, documents.turn, documents.cu_seqlens, documents.boundaries)
         h = self.experts_norm(self.alpha * h + self.beta * mixed)
         y, routing = self.experts(h)
         return self.alpha_experts * h + self.beta_experts * y, routing

@@ -54,7 +54,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         layers = range(config.num_layers) if layers is None else layers
-        self.config, self.rope_base = config, rope_base
+        self.config, self.rope_base, self.backends = config, rope_base, parts.backends
         if layers.start == 0:
             self.embedding = parts.embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})  # keyed by the global layer number

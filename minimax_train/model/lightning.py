@@ -37,11 +37,12 @@ class LightningAttention(nn.Module):
         self.output_gate = parts.column(config.hidden_size, width)
         self.norm = GatedRMSNorm(width, config.lightning_norm_eps, parts.dtype, parts.device)
         self.out_proj = parts.row(width, config.hidden_size)
+        self.backend = parts.backends.lightning
         self.slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers).to(parts.device)
 
     def forward(self, x_TC: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`[T, hidden]` -> `[T, hidden]`; the state starts from zero at every document of `cu_seqlens` `[documents + 1]`."""
         tokens = x_TC.shape[0]
         qkv = self.qkv_proj(x_TC).view(1, tokens, -1, 3, self.head_dim)
-        o = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens)
+        o = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens, backend=self.backend)
         return self.out_proj(self.norm(o.reshape(tokens, -1), self.output_gate(x_TC)))

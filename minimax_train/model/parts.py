@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from minimax_train.kernels.choice import Backends
+
 
 class Parts(Protocol):
     """Makers of the model's parameters. Each returned module maps a Tensor to a Tensor."""
@@ -21,6 +23,11 @@ class Parts(Protocol):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
+        ...
+
+    @property
+    def backends(self) -> Backends:
+        """Which form of each operator the layers run."""
         ...
 
     def column(self, inputs: int, outputs: int) -> nn.Module:

@@ -83,7 +83,8 @@ class _Run:
         if session.is_first:
             self.folder.write_facts(self._facts())
             self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
-            for note in opening.notes:
+            backends = self.trainer.decoder.backends
+            for note in (*opening.notes, f"attention backends: lightning {backends.lightning}, softmax {backends.softmax}"):
                 self.metrics.say(note)
 
     def go(self, *, profile: bool) -> Progress:
@@ -200,7 +201,8 @@ class _Run:
             "ranks": self.session.groups.size,
             "threads_per_rank": torch.get_num_threads(),
             "precision": self.plan.precision,
-            "lightning_backend": "cpu" if self.session.device.type == "cpu" else "definition",
+            "lightning_backend": self.trainer.decoder.backends.lightning,
+            "softmax_backend": self.trainer.decoder.backends.softmax,
             "torch": torch.__version__,
             "megatron_core": version("megatron-core"),
             "parameters": count.total,
