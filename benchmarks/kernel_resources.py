@@ -8,6 +8,7 @@ Exit code 1 if a kernel has a stack, spills, needs more shared memory or registe
 """
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -17,8 +18,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -27,13 +30,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minimax_train.kernels import lightning_triton, lightning_triton_kernels
+from minimax_train.kernels import cross_entropy_triton, gated_norm_triton, lightning_triton, lightning_triton_kernels, rotary_triton
 
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
 REGISTERS = 65_536
-TOKENS, HEADS = 65_536, 8
-SCALAR_KERNELS = ("cut_row", "scan_states")  # no products
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TOKENS, HEADS, VOCABULARY = 65_536, 8, 200_064
+PRODUCTS = ("segment_states", "outputs", "query_gradient", "key_value_gradient")  # the kernels that multiply matrices
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class Launch:
     """One launch: the kernel's name, its arguments as Triton would specialise them, warps and stages."""
 
     operator: str
+    module: str
     kernel: str
     signature: dict[str, str]
     constants: dict[str, Any]
@@ -55,6 +59,16 @@ class Recorder:
     def __init__(self, name: str, kernel: Any, operator: str, launches: list[Launch]) -> None:
         self.name, self.kernel, self.operator, self.launches = name, kernel, operator, launches
 
+    @classmethod
+    @contextmanager
+    def of(cls, module: ModuleType, operator: str) -> Iterator[list[Launch]]:
+        """Inside the `with`, launches of the module's kernels are noted, not made, on tensors without memory."""
+        launches: list[Launch] = []
+        kernels = {name: kernel for name, kernel in vars(module).items() if isinstance(kernel, triton.JITFunction)}
+        fakes = {name: cls(name, kernel, operator, launches) for name, kernel in kernels.items()}
+        with patch.multiple(module, **fakes), torch.device("meta"):
+            yield launches
+
     def __getitem__(self, grid: object) -> "Recorder":
         return self
 
@@ -67,6 +81,8 @@ class Recorder:
         for i, (name, value) in enumerate(bound.items()):
             if name in compile_time or (isinstance(value, int) and value == 1):
                 signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
                 aligned.append(i)
@@ -77,6 +93,7 @@ class Recorder:
         self.launches.append(
             Launch(
                 operator=self.operator,
+                module=self.kernel.fn.__module__,
                 kernel=self.name,
                 signature=signature,
                 constants=constants,
@@ -89,11 +106,8 @@ class Recorder:
 
 def lightning(size: int, dtype: torch.dtype, states: bool, length: int | None) -> list[Launch]:
     """Every launch of a forward and a backward: the layer's call (packed, no states given or wanted), or the one with both."""
-    launches: list[Launch] = []
     operator = f"lightning, D {size}, {TYPES[dtype]}"
-    names = ("cut_row", "segment_states", "scan_states", "outputs", "query_gradient", "key_value_gradient")
-    fake = {name: Recorder(name, getattr(lightning_triton_kernels, name), operator, launches) for name in names}
-    with patch.multiple(lightning_triton_kernels, **fake), patch.object(lightning_triton, "_refuse"), torch.device("meta"):
+    with Recorder.of(lightning_triton_kernels, operator) as launches, patch.object(lightning_triton, "_refuse"):
         slopes, cu_seqlens = torch.empty(HEADS), torch.empty(4, dtype=torch.int32)
         qkv = torch.empty(TOKENS, HEADS, 3, size, dtype=dtype, requires_grad=True)
         if states:
@@ -106,17 +120,44 @@ def lightning(size: int, dtype: torch.dtype, states: bool, length: int | None) -
     return launches
 
 
+def neighbours(dtype: torch.dtype) -> Iterator[Launch]:
+    """The gated norm whole and sharded, the rotation of 8 and 64 heads, the cross-entropy: forward and backward."""
+    for channels in (HEADS * 128, 64 * 128):
+        with Recorder.of(gated_norm_triton, f"gated norm, {channels} channels, {TYPES[dtype]}") as launches:
+            x, gate, weight = (torch.empty(*shape, channels, dtype=dtype, requires_grad=True) for shape in ((TOKENS,), (TOKENS,), ()))
+            y = gated_norm_triton.gated_rms_norm(x, gate, weight, 1e-6)
+            torch.autograd.grad(y, (x, gate, weight), torch.empty_like(y))
+            sums = gated_norm_triton.sum_of_squares(x)
+            gated_norm_triton.normalise(x, gate, weight, sums, 8 * channels, 1e-6)
+            dots = gated_norm_triton.row_dot(x, gate, weight, y, sums, 8 * channels, 1e-6)
+            gated_norm_triton.gradients(x, gate, weight, y, sums, dots, 8 * channels, 1e-6)
+        yield from launches
+    for heads in (HEADS, 64):
+        with Recorder.of(rotary_triton, f"rotary, {heads} heads of 128, {TYPES[dtype]}") as launches:
+            x = torch.empty(TOKENS, heads, 128, dtype=dtype, requires_grad=True)
+            y = rotary_triton.Rotary.apply(x, torch.empty(TOKENS, 1, 32), torch.empty(TOKENS, 1, 32))
+            torch.autograd.grad(y, x, torch.empty_like(y))
+        yield from launches
+    with Recorder.of(cross_entropy_triton, f"cross-entropy, vocabulary {VOCABULARY}, {TYPES[dtype]}") as launches:
+        logits, labels = torch.empty(1024, VOCABULARY, dtype=dtype), torch.empty(1024, dtype=torch.int64)
+        _, normaliser = cross_entropy_triton.cross_entropy(logits, labels)
+        cross_entropy_triton.cross_entropy_gradient_(logits, labels, normaliser, torch.empty(1024))
+    yield from launches
+
+
 def all_launches() -> Iterator[Launch]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for size in lightning_triton.HEAD_SIZES:
             for states in (False, True):
                 for length in (None, TOKENS):  # by the rule: two passes; and a single pass
                     yield from lightning(size, dtype, states, length)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from neighbours(dtype)
 
 
 def resources(launch: Launch) -> dict[str, Any]:
     """Compiles one launch for sm_90 and reads what the binary takes."""
-    kernel = getattr(lightning_triton_kernels, launch.kernel)
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     attributes = {(i,): [["tt.divisibility", 16]] for i in launch.aligned}
     source = ASTSource(fn=kernel, signature=launch.signature, constexprs=launch.constants, attrs=attributes)
     built = triton.compile(
@@ -149,7 +190,7 @@ def complaints(row: dict[str, Any]) -> list[str]:
     wrong += [f"{row['spills']} spills"] if row["spills"] else []
     wrong += [f"{row['shared']} bytes of shared memory"] if row["shared"] > SHARED_MEMORY else []
     wrong += [f"{row['registers']} registers x {32 * row['warps']} threads"] if row["registers"] * 32 * row["warps"] > REGISTERS else []
-    if row["kernel"] not in SCALAR_KERNELS:
+    if row["kernel"] in PRODUCTS:
         low = "fp32" not in row["operator"]
         wrong += ["no HGMMA"] if low and not row["HGMMA"] else []
         wrong += ["HMMA"] if row["HMMA"] else []

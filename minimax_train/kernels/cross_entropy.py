@@ -4,8 +4,11 @@ Logits of 1M tokens over 200,064 entries would take 800 GB in fp32; a chunk of 1
 chunk's logits, and writes one gradient of the head, so that a reduction hook on it fires once.
 """
 
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -15,37 +18,64 @@ CHUNK = 1024
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, fp32: bool) -> Tensor:
-        ctx.save_for_backward(x_TC, weight_VC, labels_T)
         ctx.fp32 = fp32  # type: ignore[attr-defined]
         w = weight_VC.float() if fp32 else weight_VC
-        losses = [
-            F.cross_entropy((x.to(w.dtype) @ w.T).to(_statistics(w)), labels, reduction="none")
-            for x, labels in zip(x_TC.split(CHUNK), labels_T.split(CHUNK), strict=True)
-        ]
-        return torch.cat(losses)
+        rows = _rows(w)
+        results = [rows.forward(x.to(w.dtype) @ w.T, labels) for x, labels in zip(x_TC.split(CHUNK), labels_T.split(CHUNK), strict=True)]
+        losses, normalisers = (torch.cat(parts) for parts in zip(*results, strict=True))
+        ctx.save_for_backward(x_TC, weight_VC, labels_T, normalisers)
+        return losses
 
     @staticmethod
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_TC, weight_VC, labels_T = ctx.saved_tensors  # type: ignore[attr-defined]
+        x_TC, weight_VC, labels_T, normalisers = ctx.saved_tensors  # type: ignore[attr-defined]
         w = weight_VC.float() if ctx.fp32 else weight_VC  # type: ignore[attr-defined]
         grad_x = torch.empty_like(x_TC)
-        grad_w = torch.zeros_like(w, dtype=_statistics(w))
+        grad_w = torch.zeros_like(w, dtype=_statistics(w.dtype))
+        rows = _rows(w)
         for start in range(0, len(x_TC), CHUNK):
             chunk = slice(start, start + CHUNK)
             x, labels = x_TC[chunk].to(w.dtype), labels_T[chunk]
-            scale = torch.where(labels < 0, 0.0, grads[0][chunk])  # an ignored token contributes nothing
-            p = (x @ w.T).to(grad_w.dtype).softmax(dim=-1)
-            rows = torch.arange(len(labels), device=labels.device)
-            p[rows, labels.clamp(min=0)] -= 1.0  # d loss / d logits = p - onehot(label)
-            d_logits = (p * scale[:, None]).to(w.dtype)
+            d_logits = rows.backward(x @ w.T, labels, normalisers[chunk], grads[0][chunk])
             grad_x[chunk] = (d_logits @ w).to(x_TC.dtype)
             grad_w += d_logits.T @ x
         return grad_x, grad_w.to(weight_VC.dtype), None, None
 
 
-def _statistics(w: Tensor) -> torch.dtype:
+def _statistics(dtype: torch.dtype) -> torch.dtype:
     """Softmax statistics and the accumulated weight gradient: fp32, or fp64 for fp64 weights."""
-    return torch.float64 if w.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """What is done with a chunk of logits `[n, V]`: losses and log sum exp; the gradient, which may take their place."""
+
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _rows(w: Tensor) -> _Rows:
+    if w.device.type == "cuda" and w.dtype != torch.float64 and importlib.util.find_spec("triton"):
+        from minimax_train.kernels.cross_entropy_triton import cross_entropy, cross_entropy_gradient_
+
+        return _Rows(forward=cross_entropy, backward=cross_entropy_gradient_)
+    return _Rows(forward=define, backward=define_gradient)
+
+
+def define(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition: (-log softmax(logits)[label], 0 for a negative label; log sum exp(logits)), each `[T]`."""
+    wide = logits_TV.to(_statistics(logits_TV.dtype))
+    normaliser = wide.logsumexp(-1)
+    chosen = wide.gather(1, labels_T.clamp(min=0)[:, None])[:, 0]
+    return torch.where(labels_T < 0, 0.0, normaliser - chosen), normaliser
+
+
+def define_gradient(logits_TV: Tensor, labels_T: Tensor, normaliser_T: Tensor, scale_T: Tensor) -> Tensor:
+    """The definition: scale (softmax(logits) - onehot(label)), 0 for a negative label, `[T, V]` in the logits' dtype."""
+    p = torch.exp(logits_TV.to(normaliser_T.dtype) - normaliser_T[:, None])
+    p[torch.arange(len(labels_T), device=labels_T.device), labels_T.clamp(min=0)] -= 1.0
+    return (p * torch.where(labels_T < 0, 0.0, scale_T)[:, None]).to(logits_TV.dtype)
 
 
 def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, *, fp32: bool = False) -> Tensor:

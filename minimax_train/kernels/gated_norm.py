@@ -4,6 +4,8 @@ What closes every lightning layer (arXiv 2501.08313 section 2). On a CPU it is b
 cache, forward and backward, instead of some twenty passes over whole tensors. Statistics and products are fp32 (fp64 for fp64).
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,10 +21,14 @@ def define(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x and gate `[T, C]` of one dtype, weight `[C]`; returns `[T, C]` in that dtype. The best form for x's device."""
-    if x.device.type != "cpu":
-        return define(x, gate, weight, eps)
-    y: Tensor = _GatedNorm.apply(x, gate, weight, eps)
-    return y
+    if x.device.type == "cpu":
+        y: Tensor = _GatedNorm.apply(x, gate, weight, eps)
+        return y
+    if importlib.util.find_spec("triton"):
+        from minimax_train.kernels import gated_norm_triton
+
+        return gated_norm_triton.gated_rms_norm(x, gate, weight, eps)
+    return define(x, gate, weight, eps)
 
 
 def _wide(x: Tensor) -> Tensor:
