@@ -3,8 +3,9 @@
     python benchmarks/kernel_resources.py [--json]
 
 The operators are called on tensors without memory, and each launch is compiled as it would be launched, with the compiler and
-disassembler of the triton wheel. Writes benchmarks/results/kernel_resources.{json,md}; with --json prints the rows and writes nothing.
-Exit code 1 if a kernel has a stack, spills, needs more shared memory or registers than a multiprocessor has, or misses the tensor cores.
+disassembler of the triton wheel. Writes the table into docs/kernels.md; with --json prints the rows and writes nothing.
+Exit code 1 if a kernel has a stack, spills, needs more shared memory or registers than a multiprocessor has, or misses the tensor cores;
+with --json also if docs/kernels.md shows another table made by the same triton.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from minimax_train.kernels import cross_entropy_triton, gated_norm_triton, light
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
 REGISTERS = 65_536
 TOKENS, HEADS, VOCABULARY = 65_536, 8, 200_064
+PAGE = Path(__file__).parents[1] / "docs/kernels.md"
+BEGIN, END = "<!-- made by benchmarks/kernel_resources.py -->\n", "<!-- end -->\n"
 PRODUCTS = ("segment_states", "outputs", "query_gradient", "key_value_gradient")  # the kernels that multiply matrices
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
@@ -204,8 +207,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         groups.setdefault((row["operator"], row["kernel"]), []).append(row)
     lines = [
-        "# What the Triton kernels take, compiled for sm_90 without a GPU",
-        "",
         f"triton {triton.__version__}, {len(rows)} launches, {len({r['operator'] for r in rows})} operators; each line is the worst of the "
         "kernel's forms (with and without states between segments, given states, wanted end states). No kernel was run for this table.",
         "",
@@ -227,13 +228,15 @@ def main() -> int:
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         rows = list(pool.map(resources, launches))
     wrong = [complaint for row in rows for complaint in complaints(row)]
+    before, rest = PAGE.read_text().split(BEGIN)
+    shown, after = rest.split(END)
     if as_json:
         print(json.dumps(rows))
+        if shown.startswith(f"triton {triton.__version__},") and shown != table(rows):
+            wrong.append("docs/kernels.md shows another table: run benchmarks/kernel_resources.py")
     else:
         print(table(rows))
-        results = Path(__file__).parent / "results"
-        (results / "kernel_resources.json").write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
-        (results / "kernel_resources.md").write_text(table(rows))
+        PAGE.write_text(before + BEGIN + table(rows) + END + after)
     for complaint in wrong:
         print(complaint, file=sys.stderr)
     return 1 if wrong else 0
