@@ -9,7 +9,9 @@ flash    flash-attn, of which FlashAttention-3 (flash_attn_interface) where it i
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +64,10 @@ def _varlen(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Tensor, bou
     from torch.nn.attention.varlen import varlen_attn
 
     longest, repeat = _longest(bounds), q_THD.shape[1] // k_TGD.shape[1]
-    k, v = (x.repeat_interleave(repeat, 1) for x in (k_TGD, v_TGD))  # torch 2.11 has no enable_gqa here
-    o = varlen_attn(q_THD, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0))  # nothing ahead: causal
+    k, v = (x.repeat_interleave(repeat, 1) for x in (k_TGD, v_TGD))  # grouped queries and the name of `causal` differ between versions
+    newer = "window_size" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if newer else {"is_causal": True}
+    o = varlen_attn(q_THD, k, v, cu_seqlens, cu_seqlens, longest, longest, **causal)
     assert isinstance(o, Tensor)
     return o
 
