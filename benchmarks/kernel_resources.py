@@ -78,11 +78,12 @@ class Recorder:
     def __call__(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
         bound = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
         compile_time = {p.name for p in self.kernel.params if p.is_constexpr}
+        general = {p.name for p in self.kernel.params if p.do_not_specialize}
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         aligned = []
         for i, (name, value) in enumerate(bound.items()):
-            if name in compile_time or (isinstance(value, int) and value == 1):
+            if name in compile_time or (isinstance(value, int) and value == 1 and name not in general):
                 signature[name], constants[name] = "constexpr", value
             elif isinstance(value, float):
                 signature[name] = "fp32"
@@ -91,7 +92,7 @@ class Recorder:
                 aligned.append(i)
             else:
                 signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
-                if value % 16 == 0:
+                if value % 16 == 0 and name not in general:
                     aligned.append(i)
         self.launches.append(
             Launch(
@@ -107,14 +108,16 @@ class Recorder:
         )
 
 
-def lightning(size: int, dtype: torch.dtype, states: bool, length: int | None) -> list[Launch]:
+def lightning(
+    size: int, dtype: torch.dtype, states: bool, length: int | None, *, tokens: int = TOKENS, heads: int = HEADS, documents: int = 3
+) -> list[Launch]:
     """Every launch of a forward and a backward: the layer's call (packed, no states given or wanted), or the one with both."""
     operator = f"lightning, D {size}, {TYPES[dtype]}"
     with Recorder.of(lightning_triton_kernels, operator) as launches, patch.object(lightning_triton, "_refuse"):
-        slopes, cu_seqlens = torch.empty(HEADS), torch.empty(4, dtype=torch.int32)
-        qkv = torch.empty(TOKENS, HEADS, 3, size, dtype=dtype, requires_grad=True)
+        slopes, cu_seqlens = torch.empty(heads), torch.empty(documents + 1, dtype=torch.int32)
+        qkv = torch.empty(tokens, heads, 3, size, dtype=dtype, requires_grad=True)
         if states:
-            initial = torch.empty(3, HEADS, size, size, requires_grad=True)
+            initial = torch.empty(documents, heads, size, size, requires_grad=True)
             o, final = lightning_triton.lightning_attention(*qkv.unbind(2), slopes, cu_seqlens, initial, rows=1, final=True, length=length)
             torch.autograd.grad([o, final], [qkv, initial], [torch.empty_like(o), torch.empty_like(final)])
         else:
@@ -123,11 +126,11 @@ def lightning(size: int, dtype: torch.dtype, states: bool, length: int | None) -
     return launches
 
 
-def neighbours(dtype: torch.dtype) -> Iterator[Launch]:
+def neighbours(dtype: torch.dtype, tokens: int) -> Iterator[Launch]:
     """The gated norm whole and sharded, the rotation of 8 and 64 heads, the cross-entropy: forward and backward."""
     for channels in (HEADS * 128, 64 * 128):
         with Recorder.of(gated_norm_triton, f"gated norm, {channels} channels, {TYPES[dtype]}") as launches:
-            x, gate, weight = (torch.empty(*shape, channels, dtype=dtype, requires_grad=True) for shape in ((TOKENS,), (TOKENS,), ()))
+            x, gate, weight = (torch.empty(*shape, channels, dtype=dtype, requires_grad=True) for shape in ((tokens,), (tokens,), ()))
             y = gated_norm_triton.gated_rms_norm(x, gate, weight, 1e-6)
             torch.autograd.grad(y, (x, gate, weight), torch.empty_like(y))
             sums = gated_norm_triton.sum_of_squares(x)
@@ -135,16 +138,16 @@ def neighbours(dtype: torch.dtype) -> Iterator[Launch]:
             dots = gated_norm_triton.row_dot(x, gate, weight, y, sums, 8 * channels, 1e-6)
             gated_norm_triton.gradients(x, gate, weight, y, sums, dots, 8 * channels, 1e-6)
         yield from launches
-    for heads in (HEADS, 64):
+    for heads in (1, HEADS, 64):
         with Recorder.of(rotary_triton, f"rotary, {heads} heads of 128, {TYPES[dtype]}") as launches:
-            x = torch.empty(TOKENS, heads, 128, dtype=dtype, requires_grad=True)
-            y = rotary_triton.Rotary.apply(x, torch.empty(TOKENS, 1, 32), torch.empty(TOKENS, 1, 32))
+            x = torch.empty(tokens, heads, 128, dtype=dtype, requires_grad=True)
+            y = rotary_triton.Rotary.apply(x, torch.empty(tokens, 1, 32), torch.empty(tokens, 1, 32))
             torch.autograd.grad(y, x, torch.empty_like(y))
         yield from launches
     with Recorder.of(cross_entropy_triton, f"cross-entropy, vocabulary {VOCABULARY}, {TYPES[dtype]}") as launches:
-        logits, labels = torch.empty(1024, VOCABULARY, dtype=dtype), torch.empty(1024, dtype=torch.int64)
+        logits, labels = torch.empty(min(tokens, 1024), VOCABULARY, dtype=dtype), torch.empty(min(tokens, 1024), dtype=torch.int64)
         _, normaliser = cross_entropy_triton.cross_entropy(logits, labels)
-        cross_entropy_triton.cross_entropy_gradient_(logits, labels, normaliser, torch.empty(1024))
+        cross_entropy_triton.cross_entropy_gradient_(logits, labels, normaliser, torch.empty_like(normaliser))
     yield from launches
 
 
@@ -154,8 +157,11 @@ def all_launches() -> Iterator[Launch]:
             for states in (False, True):
                 for length in (None, TOKENS):  # by the rule: two passes; and a single pass
                     yield from lightning(size, dtype, states, length)
+                for tokens in (1, 2):  # numbers that are 1 are constants to the compiler
+                    yield from lightning(size, dtype, states, 1, tokens=tokens, heads=1, documents=1)
     for dtype in (torch.bfloat16, torch.float32):
-        yield from neighbours(dtype)
+        for tokens in (1, TOKENS):
+            yield from neighbours(dtype, tokens)
 
 
 def resources(launch: Launch) -> dict[str, Any]:

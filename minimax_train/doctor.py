@@ -26,6 +26,7 @@ def examine() -> dict[str, str]:
     facts["transformer-engine"] = "present" if importlib.util.find_spec("transformer_engine") else "absent (used on GPUs when present)"
     facts["apex"] = "present" if importlib.util.find_spec("amp_C") else "absent (used on GPUs when present)"
     facts["flash-attn"] = _version("flash-attn")
+    facts["flash-attn 3"] = "present" if importlib.util.find_spec("flash_attn_interface") else "absent (used on Hopper when present)"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     choice = best_backends(device, torch.bfloat16, 128)
     facts["backends"] = f"lightning {choice.lightning}, softmax {choice.softmax} (bf16 heads of 128 on {device})"

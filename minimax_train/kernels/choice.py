@@ -18,4 +18,4 @@ class Backends:
 
 def best_backends(device: torch.device, dtype: torch.dtype, head_size: int) -> Backends:
     """The fastest forms that are installed and take these heads."""
-    return Backends(lightning=best_lightning_backend(device, dtype, head_size), softmax=best_softmax_backend(device, dtype))
+    return Backends(lightning=best_lightning_backend(device, dtype, head_size), softmax=best_softmax_backend(device, dtype, head_size))

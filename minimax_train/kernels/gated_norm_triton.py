@@ -60,7 +60,7 @@ def dot_rows(x, gate, weight, dy, squares, dots, shard, channels, eps, stride_x,
     tl.store(dots + row, tl.sum(scaled * _row(x, row, stride_x, c, inside) * r))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def back_rows(x, gate, weight, dy, squares, dots, dx, dgate, parts, rows, shard, channels, eps, stride_x, stride_g, stride_dy,
               BLOCK: tl.constexpr, GIVEN: tl.constexpr):  # fmt: skip
     """Program p takes rows p, p + programs, ... and adds up their dw in `parts` `[programs, shard]`. GIVEN: `dots` are read."""

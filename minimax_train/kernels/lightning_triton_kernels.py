@@ -23,7 +23,7 @@ COLUMNS = tl.constexpr(8)  # of int32 in the table of segments, named by _read; 
 NO_SLOT = tl.constexpr(-1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_documents", "n_segments", "n_slots", "tokens", "segment_length"])  # they change from row to row
 def cut_row(cu_seqlens, segments, documents, n_documents, n_segments, n_slots, tokens, segment_length, BLOCK: tl.constexpr):
     """Writes the table of segments `[n_segments, 8]` and of documents `[n_documents, 2]` (first slot, number of segments).
 
@@ -131,7 +131,7 @@ def segment_states(k, v, slopes, segments, slots, ends, heads, stride_kt, stride
         tl.store(_state(ends, tl.load(segments + m * COLUMNS + 4), heads, h, D) + place, state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segment_length", "tokens"])
 def scan_states(slots, ends, slopes, cu_seqlens, documents, heads, segment_length, tokens,
                 D: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
     """Turns what each segment adds (segment_states) into the state between segments, from zero, document by document; in place.
@@ -146,7 +146,7 @@ def scan_states(slots, ends, slopes, cu_seqlens, documents, heads, segment_lengt
     slot, count = tl.load(documents + 2 * n), tl.load(documents + 2 * n + 1)
     decay = tl.exp2(-rate * segment_length)
     state = tl.zeros((BLOCK,), tl.float32)
-    step = heads.to(tl.int64) * (D * D)
+    step = tl.full((), D * D, tl.int64) * heads  # a number that is 1 is a constant to the compiler, without `.to`
     first = slot + (count - 2 if REVERSE else 0)
     pointers = slots + first * step + h * (D * D) + at
     for _ in range(0, count - 1):

@@ -18,8 +18,14 @@ class SoftmaxAttention(nn.Module):
         self.k_proj = parts.column(config.hidden_size, config.key_value_size)
         self.v_proj = parts.column(config.hidden_size, config.key_value_size)
         self.o_proj = parts.row(config.attention_size, config.hidden_size)
+        self.backend = parts.backends.softmax
         self.attend = causal_attention(
-            parts.backends.softmax, heads=config.num_attention_heads, key_value_heads=config.num_key_value_heads, head_size=config.head_dim
+            self.backend,
+            heads=config.num_attention_heads,
+            key_value_heads=config.num_key_value_heads,
+            head_size=config.head_dim,
+            device=parts.device,
+            dtype=parts.dtype,
         )
 
     def forward(self, x_TC: Tensor, turn: tuple[Tensor, Tensor], cu_seqlens: Tensor, bounds: list[int]) -> Tensor:
