@@ -5,17 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support import little_corpus
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, as megatron-core does: its own functions are made for one mode
 os.environ["OMP_NUM_THREADS"] = "1"  # the processes that tests start: several ranks share few cores
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Sums in one order, whatever the machine."""
-    import torch
-
     torch.set_num_threads(1)
 
 

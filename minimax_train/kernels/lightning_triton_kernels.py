@@ -10,7 +10,7 @@ n tokens, 0-based rows i and j, S the state that enters the tile and dS the grad
     dS'  = lam^n dS + sum_i lam^(i+1) q_i^T do_i           dv_j = sum_i A_ij do_i + lam^(n-1-j) k_j dS
 
 Rows beyond a segment's end are loaded as zeros and never stored. Products take the inputs' dtype and add in fp32 (fp32 inputs: `ieee`);
-states are fp32. Offsets from the first token of a tile are 32-bit, those of a tile, a head's state or a document 64-bit.
+states are fp32. Offsets into tensors are 64-bit.
 Legend: T tokens, H heads, D head size, C tile, BK and BV the part of D that one program holds of a state's rows and columns.
 """
 
@@ -23,27 +23,32 @@ COLUMNS = tl.constexpr(8)  # of int32 in the table of segments, named by _read; 
 NO_SLOT = tl.constexpr(-1)
 
 
+@triton.jit
+def _bound(cu_seqlens, n, inside, tokens):
+    """cu_seqlens[n], cut to the row: what it points at exists, whatever it holds."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + n, mask=inside, other=0), 0), tokens)
+
+
 @triton.jit(do_not_specialize=["n_documents", "n_segments", "n_slots", "tokens", "segment_length"])  # they change from row to row
 def cut_row(cu_seqlens, segments, documents, n_documents, n_segments, n_slots, tokens, segment_length, BLOCK: tl.constexpr):
     """Writes the table of segments `[n_segments, 8]` and of documents `[n_documents, 2]` (first slot, number of segments).
 
     A program a document, and one more that marks the unused rest of the table as empty. A slot is where the state between two segments
-    of one document is kept: a document of p segments has p - 1. Bounds beyond the row are cut to it.
+    of one document is kept: a document of p segments has p - 1. No entry points outside the row or the slots, whatever cu_seqlens holds.
     """
     n = tl.program_id(0)
     segment, slot = 0, 0
     for base in range(0, n, BLOCK):
         d = base + tl.arange(0, BLOCK)
-        first = tl.minimum(tl.load(cu_seqlens + d, mask=d < n, other=0), tokens)
-        stop = tl.minimum(tl.load(cu_seqlens + d + 1, mask=d < n, other=0), tokens)
-        pieces = tl.cdiv(tl.maximum(stop - first, 0), segment_length)
+        length = _bound(cu_seqlens, d + 1, d < n, tokens) - _bound(cu_seqlens, d, d < n, tokens)
+        pieces = tl.cdiv(tl.maximum(length, 0), segment_length)
         segment += tl.sum(pieces).to(tl.int32)
         slot += tl.sum(tl.maximum(pieces - 1, 0)).to(tl.int32)
     start, end, count = 0, 0, n_segments - segment
     if n < n_documents:
-        start = tl.minimum(tl.load(cu_seqlens + n), tokens).to(tl.int32)
-        end = tl.minimum(tl.load(cu_seqlens + n + 1), tokens).to(tl.int32)
-        count = tl.cdiv(tl.maximum(end - start, 0), segment_length)
+        start = _bound(cu_seqlens, n, True, tokens)
+        end = _bound(cu_seqlens, n + 1, True, tokens)
+        count = tl.minimum(tl.cdiv(tl.maximum(end - start, 0), segment_length), tl.maximum(n_slots - slot, 0) + 1)
         tl.store(documents + 2 * n, slot)
         tl.store(documents + 2 * n + 1, count)
     for base in range(0, count, BLOCK):
@@ -154,8 +159,7 @@ def scan_states(slots, ends, slopes, cu_seqlens, documents, heads, segment_lengt
         tl.store(pointers, state)
         pointers += -step if REVERSE else step
     if ENDS:
-        start = tl.minimum(tl.load(cu_seqlens + n), tokens)
-        end = tl.minimum(tl.load(cu_seqlens + n + 1), tokens)
+        start, end = _bound(cu_seqlens, n, True, tokens), _bound(cu_seqlens, n + 1, True, tokens)
         last = segment_length if REVERSE else end - start - (count - 1) * segment_length
         pointers = ends + n * step + h * (D * D) + at
         if count > 0:

@@ -1,14 +1,10 @@
-"""Where the kernels of these tests run: a GPU, else Triton's interpreter, which must be chosen before a kernel is imported."""
+"""Where the kernels of these tests run: a GPU, else the CPU, through Triton's interpreter (tests/conftest.py turns it on)."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture
