@@ -24,7 +24,7 @@ HEAD_SIZES = (64, 128)
 LONGEST_SEGMENT = 2048
 STATES_SHARE = 0.1  # of the bytes of q, k, v and o, at most, for the forward's states and their gradients together
 PROGRAMS = 2  # that one multiprocessor holds at a time
-SCAN_BLOCK = 1024
+SCAN_BLOCK, SCAN_AHEAD = 1024, 8  # numbers of a state in one program of the scan, states it loads at a time
 COLUMNS = 8  # of the table of segments
 
 
@@ -132,7 +132,7 @@ def local_states(
     )  # fmt: skip
     kernels.scan_states[(len(cut.documents) * heads, size * size // SCAN_BLOCK)](
         slots, last if ends else slots, slopes_H, cut.cu_seqlens, cut.documents, heads, cut.length, cut.tokens,
-        D=size, BLOCK=SCAN_BLOCK, REVERSE=reverse, ENDS=ends,
+        D=size, BLOCK=SCAN_BLOCK, AHEAD=SCAN_AHEAD, REVERSE=reverse, ENDS=ends,
     )  # fmt: skip
     return slots, last
 

@@ -138,11 +138,12 @@ def segment_states(k, v, slopes, segments, slots, ends, heads, stride_kt, stride
 
 @triton.jit(do_not_specialize=["segment_length", "tokens"])
 def scan_states(slots, ends, slopes, cu_seqlens, documents, heads, segment_length, tokens,
-                D: tl.constexpr, BLOCK: tl.constexpr, REVERSE: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
+                D: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
     """Turns what each segment adds (segment_states) into the state between segments, from zero, document by document; in place.
 
     Forward: state behind segment p = what p adds + lam^length(p) state before it; `ends` becomes the document's final state.
     REVERSE: the same from the last segment to the first; `ends` becomes the gradient of the document's initial state.
+    AHEAD states are on their way from memory at a time: one after the other, the wait for each would be the kernel's time.
     """
     pid = tl.program_id(0)
     h, n = pid % heads, pid // heads
@@ -153,11 +154,17 @@ def scan_states(slots, ends, slopes, cu_seqlens, documents, heads, segment_lengt
     state = tl.zeros((BLOCK,), tl.float32)
     step = tl.full((), D * D, tl.int64) * heads  # a number that is 1 is a constant to the compiler, without `.to`
     first = slot + (count - 2 if REVERSE else 0)
+    onward = -step if REVERSE else step
     pointers = slots + first * step + h * (D * D) + at
-    for _ in range(0, count - 1):
-        state = state * decay + tl.load(pointers)
-        tl.store(pointers, state)
-        pointers += -step if REVERSE else step
+    for base in range(0, count - 1, AHEAD):
+        arriving = ()
+        for j in tl.static_range(AHEAD):
+            arriving = arriving + (tl.load(pointers + j * onward, mask=at < tl.where(base + j < count - 1, D * D, 0), other=0.0),)
+        for j in tl.static_range(AHEAD):
+            here = at < tl.where(base + j < count - 1, D * D, 0)
+            state = tl.where(here, state * decay + arriving[j], state)
+            tl.store(pointers + j * onward, state, mask=here)
+        pointers += AHEAD * onward
     if ENDS:
         start, end = _bound(cu_seqlens, n, True, tokens), _bound(cu_seqlens, n + 1, True, tokens)
         last = segment_length if REVERSE else end - start - (count - 1) * segment_length
