@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 CHUNK = 1024
+IGNORED = -100
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -64,18 +65,18 @@ def _rows(w: Tensor) -> _Rows:
 
 
 def define(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: (-log softmax(logits)[label], 0 for a negative label; log sum exp(logits)), each `[T]`."""
+    """The definition: (-log softmax(logits)[label], 0 for label -100; log sum exp(logits)), each `[T]`."""
     wide = logits_TV.to(_statistics(logits_TV.dtype))
-    normaliser = wide.logsumexp(-1)
-    chosen = wide.gather(1, labels_T.clamp(min=0)[:, None])[:, 0]
-    return torch.where(labels_T < 0, 0.0, normaliser - chosen), normaliser
+    normaliser, ignored = wide.logsumexp(-1), labels_T == IGNORED
+    chosen = wide.gather(1, labels_T.masked_fill(ignored, 0)[:, None])[:, 0]
+    return torch.where(ignored, 0.0, normaliser - chosen), normaliser
 
 
 def define_gradient(logits_TV: Tensor, labels_T: Tensor, normaliser_T: Tensor, scale_T: Tensor) -> Tensor:
-    """The definition: scale (softmax(logits) - onehot(label)), 0 for a negative label, `[T, V]` in the logits' dtype."""
-    p = torch.exp(logits_TV.to(normaliser_T.dtype) - normaliser_T[:, None])
-    p[torch.arange(len(labels_T), device=labels_T.device), labels_T.clamp(min=0)] -= 1.0
-    return (p * torch.where(labels_T < 0, 0.0, scale_T)[:, None]).to(logits_TV.dtype)
+    """The definition: scale (softmax(logits) - onehot(label)), 0 for label -100, `[T, V]` in the logits' dtype."""
+    p, ignored = torch.exp(logits_TV.to(normaliser_T.dtype) - normaliser_T[:, None]), labels_T == IGNORED
+    p[torch.arange(len(labels_T), device=labels_T.device), labels_T.masked_fill(ignored, 0)] -= 1.0
+    return (p * torch.where(ignored, 0.0, scale_T)[:, None]).to(logits_TV.dtype)
 
 
 def linear_cross_entropy(x_TC: Tensor, weight_VC: Tensor, labels_T: Tensor, *, fp32: bool = False) -> Tensor:

@@ -24,7 +24,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     if x.device.type == "cpu":
         y: Tensor = _GatedNorm.apply(x, gate, weight, eps)
         return y
-    if importlib.util.find_spec("triton"):
+    if x.dtype != torch.float64 and importlib.util.find_spec("triton"):
         from minimax_train.kernels import gated_norm_triton
 
         return gated_norm_triton.gated_rms_norm(x, gate, weight, eps)

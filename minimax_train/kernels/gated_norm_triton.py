@@ -7,7 +7,8 @@
 
 S and d are the only sums over channels. Where tensor parallelism cuts the channels, a rank computes its share of each, the shares are
 added over the ranks, and `normalise` and `gradients` take the totals. dw is added up in fixed parts, in one order: always the same bits.
-Legend: T tokens, C channels of all shards; x, gate, dy are `[T, C]` or a shard of it, with contiguous channels.
+Program p takes rows p, p + programs, ... and works on one in registers while the next is on its way to shared memory.
+Legend: T tokens, C channels of all shards; x, gate, dy are `[T, C]` or a shard of it.
 """
 
 from typing import Any
@@ -18,57 +19,64 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-PARTS = 264  # programs of the backward, each with its own sum of dw: two on each multiprocessor of an H100
+WARPS = 132 * 32  # of all programs of the backward: 32 on each multiprocessor of an H100. Fixed: the parts of dw are the same on every GPU
+STAGES = tl.constexpr(2)  # the row at work and the next
 
 
 @triton.jit
 def _row(pointer, row, stride, c, inside):
-    return tl.load(pointer + row.to(tl.int64) * stride + c, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(pointer + row * stride + c, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def square_rows(x, squares, shard, stride_x, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0), tl.arange(0, BLOCK)
-    wide = _row(x, row, stride_x, c, c < shard)
-    tl.store(squares + row, tl.sum(wide * wide))
+@triton.jit(do_not_specialize=["rows"])
+def square_rows(x, squares, rows, shard, stride_x, BLOCK: tl.constexpr):
+    c = tl.arange(0, BLOCK)
+    for i in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(i, tl.int64)
+        wide = _row(x, row, stride_x, c, c < shard)
+        tl.store(squares + row, tl.sum(wide * wide))
 
 
-@triton.jit
-def norm_rows(x, gate, weight, y, squares, shard, channels, eps, stride_x, stride_g, BLOCK: tl.constexpr, GIVEN: tl.constexpr):
-    """A row a program; `shard` channels are here. GIVEN: `squares` are read; else they are this row's, and written."""
-    row, c = tl.program_id(0), tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["rows"])
+def norm_rows(x, gate, weight, y, squares, rows, shard, channels, eps, stride_x, stride_g, BLOCK: tl.constexpr, GIVEN: tl.constexpr):
+    """`shard` channels are here. GIVEN: `squares` are read; else they are those of the rows here, and written."""
+    c = tl.arange(0, BLOCK)
     inside = c < shard
-    wide = _row(x, row, stride_x, c, inside)
-    if GIVEN:
-        total = tl.load(squares + row)
-    else:
-        total = tl.sum(wide * wide)
-        tl.store(squares + row, total)
-    r = 1.0 / tl.sqrt(total / channels + eps)
-    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    out = wide * r * w * tl.sigmoid(_row(gate, row, stride_g, c, inside))
-    tl.store(y + row.to(tl.int64) * shard + c, out.to(y.dtype.element_ty), mask=inside)
+    w = _row(weight, 0, 0, c, inside)
+    for i in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(i, tl.int64)
+        wide = _row(x, row, stride_x, c, inside)
+        s = tl.sigmoid(_row(gate, row, stride_g, c, inside))
+        if GIVEN:
+            total = tl.load(squares + row)
+        else:
+            total = tl.sum(wide * wide)
+            tl.store(squares + row, total)
+        out = wide * (1.0 / tl.sqrt(total / channels + eps)) * w * s
+        tl.store(y + row * shard + c, out.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def dot_rows(x, gate, weight, dy, squares, dots, shard, channels, eps, stride_x, stride_g, stride_dy, BLOCK: tl.constexpr):
-    row, c = tl.program_id(0), tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["rows"])
+def dot_rows(x, gate, weight, dy, squares, dots, rows, shard, channels, eps, stride_x, stride_g, stride_dy, BLOCK: tl.constexpr):
+    c = tl.arange(0, BLOCK)
     inside = c < shard
-    r = 1.0 / tl.sqrt(tl.load(squares + row) / channels + eps)
-    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    scaled = _row(dy, row, stride_dy, c, inside) * tl.sigmoid(_row(gate, row, stride_g, c, inside)) * w
-    tl.store(dots + row, tl.sum(scaled * _row(x, row, stride_x, c, inside) * r))
+    w = _row(weight, 0, 0, c, inside)
+    for i in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
+        row = tl.cast(i, tl.int64)
+        r = 1.0 / tl.sqrt(tl.load(squares + row) / channels + eps)
+        scaled = _row(dy, row, stride_dy, c, inside) * tl.sigmoid(_row(gate, row, stride_g, c, inside)) * w
+        tl.store(dots + row, tl.sum(scaled * _row(x, row, stride_x, c, inside) * r))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def back_rows(x, gate, weight, dy, squares, dots, dx, dgate, parts, rows, shard, channels, eps, stride_x, stride_g, stride_dy,
               BLOCK: tl.constexpr, GIVEN: tl.constexpr):  # fmt: skip
-    """Program p takes rows p, p + programs, ... and adds up their dw in `parts` `[programs, shard]`. GIVEN: `dots` are read."""
+    """Each program adds up the dw of its rows in `parts` `[programs, shard]`. GIVEN: `dots` are read; else they are the rows' own."""
     p, c = tl.program_id(0), tl.arange(0, BLOCK)
     inside = c < shard
-    w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
+    w = _row(weight, 0, 0, c, inside)
     dw = tl.zeros((BLOCK,), tl.float32)
-    for i in range(p, rows, tl.num_programs(0)):
+    for i in tl.range(p, rows, tl.num_programs(0), num_stages=STAGES):
         row = tl.cast(i, tl.int64)
         r = 1.0 / tl.sqrt(tl.load(squares + row) / channels + eps)
         n = _row(x, row, stride_x, c, inside) * r
@@ -83,7 +91,7 @@ def back_rows(x, gate, weight, dy, squares, dots, dx, dgate, parts, rows, shard,
         at = row * shard + c
         tl.store(dgate + at, (each * (1.0 - s)).to(dgate.dtype.element_ty), mask=inside)
         tl.store(dx + at, ((dys * w - n * (d / channels)) * r).to(dx.dtype.element_ty), mask=inside)
-    tl.store(parts + p * shard + c, dw, mask=inside)
+    tl.store(parts + tl.cast(p, tl.int64) * shard + c, dw, mask=inside)
 
 
 def _layout(shard: int) -> dict[str, int]:
@@ -92,10 +100,25 @@ def _layout(shard: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 4), 16)}
 
 
+def _programs(rows: int, shard: int) -> int:
+    """Of the backward; the other passes, which need fewer registers and keep no parts, take twice as many."""
+    return min(rows, WARPS // _layout(shard)["num_warps"])
+
+
+def _rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, those copied whose last dimension is not contiguous."""
+    if tensors[0].dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"gated_rms_norm in Triton was given {tensors[0].dtype}; it takes bf16, fp16 or fp32: use gated_norm.define")
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+
+
 def sum_of_squares(x_TC: Tensor) -> Tensor:
     """S of the channels given, `[T]` fp32."""
-    squares = x_TC.new_empty(len(x_TC), dtype=torch.float32)
-    square_rows[(len(x_TC),)](x_TC, squares, x_TC.shape[1], x_TC.stride(0), **_layout(x_TC.shape[1]))
+    (x,) = _rows(x_TC)
+    rows, shard = x.shape
+    squares = x.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        square_rows[(2 * _programs(rows, shard),)](x, squares, rows, shard, x.stride(0), **_layout(shard))
     return squares
 
 
@@ -103,23 +126,26 @@ def normalise(
     x_TC: Tensor, gate_TC: Tensor, weight_C: Tensor, squares_T: Tensor | None, channels: int, eps: float
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y, S `[T]` fp32): S over all `channels`, of which a shard may be here; computed from x where it is None and x is whole."""
-    rows, shard = x_TC.shape
-    y, squares = x_TC.new_empty(x_TC.shape), x_TC.new_empty(rows, dtype=torch.float32) if squares_T is None else squares_T
-    norm_rows[(rows,)](
-        x_TC, gate_TC, weight_C, y, squares, shard, channels, eps, x_TC.stride(0), gate_TC.stride(0), GIVEN=squares_T is not None,
-        **_layout(shard),
-    )  # fmt: skip
+    x, gate, weight = _rows(x_TC, gate_TC, weight_C)
+    rows, shard = x.shape
+    y, squares = x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32) if squares_T is None else squares_T
+    with torch.cuda.device_of(x):
+        norm_rows[(2 * _programs(rows, shard),)](
+            x, gate, weight, y, squares, rows, shard, channels, eps, x.stride(0), gate.stride(0), GIVEN=squares_T is not None,
+            **_layout(shard),
+        )  # fmt: skip
     return y, squares
 
 
 def row_dot(x_TC: Tensor, gate_TC: Tensor, weight_C: Tensor, dy_TC: Tensor, squares_T: Tensor, channels: int, eps: float) -> Tensor:
-    """d of the channels given, `[T]` fp32."""
-    rows, shard = x_TC.shape
-    dots = x_TC.new_empty(rows, dtype=torch.float32)
-    dot_rows[(rows,)](
-        x_TC, gate_TC, weight_C, dy_TC, squares_T, dots, shard, channels, eps, x_TC.stride(0), gate_TC.stride(0), dy_TC.stride(0),
-        **_layout(shard),
-    )  # fmt: skip
+    """d of the channels given, `[T]` fp32; `squares_T` is S over all `channels`."""
+    x, gate, weight, dy = _rows(x_TC, gate_TC, weight_C, dy_TC)
+    rows, shard = x.shape
+    dots = x.new_empty(rows, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        dot_rows[(2 * _programs(rows, shard),)](
+            x, gate, weight, dy, squares_T, dots, rows, shard, channels, eps, x.stride(0), gate.stride(0), dy.stride(0), **_layout(shard)
+        )  # fmt: skip
     return dots
 
 
@@ -127,14 +153,16 @@ def gradients(
     x_TC: Tensor, gate_TC: Tensor, weight_C: Tensor, dy_TC: Tensor, squares_T: Tensor, dots_T: Tensor | None, channels: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dgate, dweight; d over all `channels` `[T]` fp32, computed here where it is None and the channels are whole."""
-    rows, shard = x_TC.shape
-    dx, dgate = x_TC.new_empty(x_TC.shape), gate_TC.new_empty(gate_TC.shape)
-    parts = x_TC.new_empty((min(rows, PARTS), shard), dtype=torch.float32)
-    back_rows[(len(parts),)](
-        x_TC, gate_TC, weight_C, dy_TC, squares_T, squares_T if dots_T is None else dots_T, dx, dgate, parts, rows, shard, channels, eps,
-        x_TC.stride(0), gate_TC.stride(0), dy_TC.stride(0), GIVEN=dots_T is not None, **_layout(shard),
-    )  # fmt: skip
-    return dx, dgate, parts.sum(0).to(weight_C.dtype)
+    x, gate, weight, dy = _rows(x_TC, gate_TC, weight_C, dy_TC)
+    rows, shard = x.shape
+    dx, dgate = x.new_empty(x.shape), gate.new_empty(gate.shape)
+    parts = x.new_empty((_programs(rows, shard), shard), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        back_rows[(len(parts),)](
+            x, gate, weight, dy, squares_T, squares_T if dots_T is None else dots_T, dx, dgate, parts, rows, shard, channels, eps,
+            x.stride(0), gate.stride(0), dy.stride(0), GIVEN=dots_T is not None, **_layout(shard),
+        )  # fmt: skip
+    return dx, dgate, parts.sum(0).to(weight.dtype)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -146,9 +174,7 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, gate = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, gate))
-        with torch.cuda.device_of(x):
-            y, squares = normalise(x, gate, weight, None, x.shape[1], eps)
+        y, squares = normalise(x, gate, weight, None, x.shape[1], eps)
         ctx.save_for_backward(x, gate, weight, squares)
         ctx.eps = eps
         return y
@@ -157,6 +183,4 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, gate, weight, squares = ctx.saved_tensors
-        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        with torch.cuda.device_of(x):
-            return *gradients(x, gate, weight, dy, squares, None, x.shape[1], ctx.eps), None
+        return *gradients(x, gate, weight, dy, squares, None, x.shape[1], ctx.eps), None
