@@ -2,14 +2,16 @@
 
     python benchmarks/lightning_cpu.py [--quick]
 
-B 1, 8 heads of 64. "Products alone" are the batched products of the operator's forward and backward with its chunk and block sizes, over
-inputs that lie chunk by chunk and into outputs that exist: no decay, no scan, no copy, no allocation. Memory: the peak of a fresh process
-at each length less that of one that only makes the inputs. Writes benchmarks/results/lightning_cpu.{json,md}.
+B 1, 8 heads of 64. "Products alone" are the batched products of the operator's forward and backward with its chunk size, over inputs
+that lie chunk by chunk and into outputs that exist: no decay, no scan, no copy, no allocation. They are done as many tokens at once as is
+fastest for them, and counted: both sides do the same FLOPs. Extra memory: how far one call raises the peak of a fresh process that holds
+the inputs, results and gradients included. Writes benchmarks/results/lightning_cpu.{json,md}.
 """
 
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import compare, machine
+from machine import compare, machine, measure
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from minimax_train.kernels import lightning_attention, lightning_cpu
 from minimax_train.model.lightning import decay_slopes
@@ -29,30 +32,30 @@ TARGETS = {"fp32": 1.6, "bf16": 2.5}
 TARGET_LENGTHS = (4096, 8192, 16_384)
 LENGTHS = (*TARGET_LENGTHS, 32_768, 65_536)
 MOST_SLOPE = 1.15
+BLOCKS = (128, 256, 512, 1024)  # tokens at once that are tried for the products alone, besides the whole sequence
 
 
 def inputs(tokens: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Tensor]:
     """q, k, v and do `[1, T, H, D]`, slopes of a middle layer."""
     g = torch.Generator().manual_seed(0)
-    *qkv, do = (torch.randn(1, tokens, HEADS, SIZE, generator=g).to(dtype) for _ in range(4))
+    *qkv, do = (torch.randn(1, tokens, HEADS, SIZE, generator=g, dtype=dtype) for _ in range(4))
     return [x.requires_grad_() for x in qkv], do, decay_slopes(HEADS, 4, 8)
 
 
 def operator(tokens: int, dtype: torch.dtype) -> Callable[[], None]:
-    qkv, do, slopes = inputs(tokens, dtype)
+    (q, k, v), do, slopes = inputs(tokens, dtype)
 
     def run() -> None:
-        o, _ = lightning_attention(*qkv, slopes, backend="cpu")
-        torch.autograd.grad(o, qkv, do)
+        o, _ = lightning_attention(q, k, v, slopes, backend="cpu")
+        torch.autograd.grad(o, (q, k, v), do)
 
     return run
 
 
-def products(tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+def products(tokens: int, dtype: torch.dtype, block: int) -> Callable[[], None]:
     """Per chunk: forward K^T V, Q S, Q K^T, A V; backward K^T V, Q^T dO, Q K^T, dO V^T, A^T dO, K dS, G^T Q, V dS^T, G K, dO S^T."""
     chunk = lightning_cpu.chunk_size([0, tokens], dtype)
-    chunks = max(1, lightning_cpu.FEWEST_TOKENS // chunk, lightning_cpu.BLOCK_NUMBERS // (chunk * HEADS * SIZE))
-    shape = (tokens // (chunks * chunk), chunks * HEADS, chunk, SIZE)
+    shape = (tokens // block, block // chunk * HEADS, chunk, SIZE)
     inputs, outputs = (torch.randn(4, *shape, dtype=dtype) for _ in range(2))
     scores, state = torch.randn(*shape[1:3], chunk, dtype=dtype), torch.randn(shape[1], SIZE, SIZE, dtype=dtype)
     sums = torch.empty_like(state)
@@ -75,49 +78,76 @@ def products(tokens: int, dtype: torch.dtype) -> Callable[[], None]:
     return run
 
 
-def peak(tokens: int, precision: str, run: bool) -> int:
-    """Bytes at the peak of a fresh process that makes the inputs, and runs the operator once."""
-    script = f"import benchmarks.lightning_cpu as b; b.child({tokens}, {precision!r}, {run})"
-    root = Path(__file__).parents[1]
-    code = f"import sys; sys.path[:0] = [{str(root)!r}, {str(root / 'benchmarks')!r}]; {script}"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+def fastest_block(tokens: int, dtype: torch.dtype) -> int:
+    """Tokens at once at which the products alone take the least time."""
+    return min((*BLOCKS, tokens), key=lambda block: measure(products(tokens, dtype, block), repeats=3).median)
 
 
-def child(tokens: int, precision: str, run: bool) -> None:
-    torch.set_num_threads(1)
-    operator(512, DTYPES[precision])()  # what libraries allocate once
-    work = operator(tokens, DTYPES[precision])
-    if run:
+def flops(work: Callable[[], None]) -> int:
+    """FLOPs of the matrix products of `work`; torch's counter knows baddbmm, but not its form in place."""
+    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * math.prod(a) * b[-1]}  # of shapes
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         work()
-    status = Path("/proc/self/status").read_text()  # getrusage would tell the parent's peak, if that was higher
-    print(1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]))
+    return int(counter.get_total_flops())
 
 
-def slope(points: list[tuple[int, float]]) -> float:
-    """Least squares of log seconds over log tokens."""
-    logs = [(math.log(tokens), math.log(seconds)) for tokens, seconds in points]
-    x, y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
-    return sum((a - x) * (b - y) for a, b in logs) / sum((a - x) ** 2 for a, _ in logs)
+def extra_bytes(tokens: int, precision: str) -> int:
+    """By how much the operator raises the peak memory of a fresh process that holds its inputs."""
+    here = Path(__file__).parent
+    code = f"import sys; sys.path[:0] = [{str(here)!r}]; import lightning_cpu; lightning_cpu.child({tokens}, {precision!r})"
+    return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def child(tokens: int, precision: str) -> None:
+    torch.set_num_threads(1)
+    operator(64, DTYPES[precision])()  # what libraries allocate once
+    work = operator(tokens, DTYPES[precision])
+    before = peak()
+    work()
+    print(peak() - before)
+
+
+def peak() -> int:
+    """The most bytes this process has held; getrusage would tell the parent's peak, if that was higher."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 def row(precision: str, tokens: int) -> dict[str, Any]:
+    """One length: the operator against its products, and its extra memory."""
     dtype = DTYPES[precision]
-    compared = compare(products(tokens, dtype), operator(tokens, dtype), repeats=9 if tokens <= 16_384 else 5).as_dict()
-    extra = peak(tokens, precision, True) - peak(tokens, precision, False)
+    block = fastest_block(tokens, dtype)
+    alone, whole = products(tokens, dtype, block), operator(tokens, dtype)
+    counted, wanted = flops(alone), flops(whole)
+    if counted != wanted:
+        raise RuntimeError(f"the operator's products are {wanted:,} FLOPs, those timed alone {counted:,}: nothing to compare")
+    compared = compare(alone, whole, repeats=9 if tokens <= 16_384 else 5).as_dict()
     return {
-        "precision": precision, "tokens": tokens, "products": compared["ours"], "operator": compared["theirs"], "ratio": compared["ratio"],
-        "extra_bytes": extra, "tokens_per_second": tokens / compared["theirs"]["median"],
+        "precision": precision, "tokens": tokens, "operator": compared["theirs"], "products": compared["ours"], "ratio": compared["ratio"],
+        "products_block": block, "flops": counted, "tokens_per_second": tokens / compared["theirs"]["median"],
+        "extra_bytes": extra_bytes(tokens, precision),
     }  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+def fits(rows: list[dict[str, Any]], precision: str) -> dict[str, float]:
+    """Slope of log seconds over log tokens; extra memory as a straight line in tokens, and the furthest a length lies off it."""
+    mine = [r for r in rows if r["precision"] == precision]
+    tokens, extra = [r["tokens"] for r in mine], [r["extra_bytes"] for r in mine]
+    time, _ = statistics.linear_regression([math.log(t) for t in tokens], [math.log(r["operator"]["median"]) for r in mine])
+    each, fixed = statistics.linear_regression(tokens, extra)
+    off = max(abs(bytes_ / (fixed + each * t) - 1) for t, bytes_ in zip(tokens, extra, strict=True))
+    return {"time_slope": time, "bytes_per_token": each, "fixed_bytes": fixed, "furthest_off": off}
+
+
+def table(rows: list[dict[str, Any]], fitted: dict[str, dict[str, float]], facts: dict[str, Any]) -> str:
     lines = [
         "# Lightning attention on CPU against its matrix products alone",
         "",
         f"Forward + backward, {HEADS} heads of {SIZE}, CPU seconds of one thread, median (least to most); ratio: median over pairs run "
-        f"back to back. {facts['processor']}, torch {facts['torch']}, {facts['date']}.",
+        f"back to back. Products alone: the same FLOPs, as many tokens at once as is fastest. Extra memory: o, dq, dk and dv included. "
+        f"{facts['processor']}, torch {facts['torch']}, {facts['date']}.",
         "",
-        "| precision | tokens | operator | products alone | ratio | wanted | tokens/s | extra memory, bytes a token |",
+        "| precision | tokens | operator | products alone | ratio | wanted | tokens/s/core | extra memory, bytes a token |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
@@ -128,12 +158,13 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
             f"{r['extra_bytes'] / r['tokens']:,.0f} |"
         )
     lines.append("")
-    for precision in DTYPES:
-        mine = [r for r in rows if r["precision"] == precision]
-        time = slope([(r["tokens"], r["operator"]["median"]) for r in mine])
-        memory = slope([(r["tokens"], r["extra_bytes"]) for r in mine])
-        ends = f"{mine[0]['tokens']:,} to {mine[-1]['tokens']:,} tokens"
-        lines.append(f"Log-log slope, {precision}, {ends}: time {time:.3f} (wanted: at most {MOST_SLOPE}), extra memory {memory:.3f}.")
+    ends = f"{rows[0]['tokens']:,} to {rows[-1]['tokens']:,} tokens"
+    for precision, fit in fitted.items():
+        lines.append(
+            f"{precision}, {ends}: log-log slope of the time {fit['time_slope']:.3f} (wanted: at most {MOST_SLOPE}); extra memory "
+            f"{fit['bytes_per_token']:,.0f} bytes a token + {fit['fixed_bytes'] / 2**20:.1f} MiB, no length further off than "
+            f"{fit['furthest_off']:.1%}."
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -148,11 +179,12 @@ def main() -> int:
             rows.append(row(precision, tokens))
             print(f"{precision} {tokens}: {rows[-1]['ratio']:.2f}x its products", flush=True)
     facts = machine()
-    print(table(rows, facts))
+    fitted = {precision: fits(rows, precision) for precision in DTYPES}
+    print(table(rows, fitted, facts))
     if not quick:
         results = Path(__file__).parent / "results"
-        (results / "lightning_cpu.json").write_text(json.dumps({"machine": facts, "rows": rows}, indent=1) + "\n")
-        (results / "lightning_cpu.md").write_text(table(rows, facts))
+        (results / "lightning_cpu.json").write_text(json.dumps({"machine": facts, "rows": rows, "fits": fitted}, indent=1) + "\n")
+        (results / "lightning_cpu.md").write_text(table(rows, fitted, facts))
     return 0
 
 
