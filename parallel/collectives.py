@@ -1,13 +1,97 @@
 """Talking to other ranks outside megatron-core: the only place that calls a collective."""
 
-from collections.abc import Callable
-from typing import TypeVar
+import itertools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class Pending:
+    """An exchange that was begun; `finish` returns what arrived. Call it once, where the result is used: on a GPU the stream then waits."""
+
+    def __init__(self, result: Tensor, sent: Tensor, issue: Callable[[], Any] | None, *, late: bool) -> None:
+        """`issue` starts the collective and returns torch's Work; None: there is nobody to talk to, and `result` is ready."""
+        self._result, self._sent, self._issue = result, sent, issue
+        self._copy = sent.clone() if late and issue is not None else None
+        self._work = None
+        if late and issue is not None and result.is_floating_point():
+            result.fill_(torch.nan)
+        elif issue is not None:
+            self._work = issue()
+
+    def finish(self) -> Tensor:
+        """What arrived. RuntimeError in late mode where what was to be sent has been changed since `begin`."""
+        if self._copy is not None:
+            if not torch.equal(self._copy.view(torch.uint8), self._sent.view(torch.uint8)):
+                raise RuntimeError("a buffer was changed between begin and finish of the exchange that sends it")
+            assert self._issue is not None
+            self._work = self._work or self._issue()
+        if self._work is not None:
+            self._work.wait()
+        self._sent = self._result  # what was sent may go
+        return self._result
+
+
+class Channel:
+    """One process group for exchanges that overlap with compute. It counts, by name, what this rank sends to others.
+
+    `late` is a test mode: each collective runs at its `finish`, what is received holds NaN until then, and what is sent must not have
+    been touched in between. What passes in this mode needs nothing from an exchange before it finishes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, late: bool = False) -> None:
+        self.group, self.late = group, late
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    @property
+    def rank(self) -> int:
+        return self.group.rank()
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def begin_all_gather(self, x: Tensor, name: str) -> Pending:
+        """`x` of every rank (one shape, contiguous) -> `[ranks, *x.shape]`."""
+        if self.size == 1:
+            return Pending(x[None], x, None, late=self.late)
+        self._count(name, x.nbytes * (self.size - 1))
+        result = x.new_empty((self.size, *x.shape))
+        return Pending(result, x, lambda: dist.all_gather_into_tensor(result, x, group=self.group, async_op=True), late=self.late)
+
+    def begin_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Pending:
+        """Rank r gets `send[r]` rows of `x` (contiguous) from this one, which gets `receive[r]` rows from r; both in rank order."""
+        if self.size == 1:
+            return Pending(x, x, None, late=self.late)
+        others = sum(send) - send[self.rank]
+        self._count(name, others * (x.nbytes // max(len(x), 1)))
+        result = x.new_empty((sum(receive), *x.shape[1:]))
+
+        def issue() -> Any:
+            return dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
+
+        return Pending(result, x, issue, late=self.late)
+
+    def _count(self, name: str, sent: int) -> None:
+        self.bytes[name] += sent
+        self.calls[name] += 1
+
+
+def as_splits(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The parts one after the other, flat: what an all-to-all sends. An empty tensor in the dtype of `like` if there are none."""
+    return torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
+
+
+def offsets(sizes: Sequence[int]) -> list[int]:
+    """0 and the running sums of `sizes`."""
+    return [0, *itertools.accumulate(sizes)]
 
 
 def all_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

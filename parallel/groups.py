@@ -5,6 +5,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from parallel.collectives import Channel, wait_for_all
 from parallel.layout import Layout
 
 
@@ -15,7 +16,19 @@ class Groups:
     layout: Layout
     world: dist.ProcessGroup
     data: dist.ProcessGroup
+    """Ranks with the same part of the model and of a row, each with rows of its own."""
+    data_context: dist.ProcessGroup
+    """Ranks with the same part of the model: what gradients of dense weights are summed over."""
     tensor: dist.ProcessGroup
+    tensor_context: dist.ProcessGroup
+    """Ranks that share one row."""
+    expert_data: dist.ProcessGroup
+    """Ranks with the same experts: what gradients of expert weights are summed over."""
+    context: Channel
+    key_value: Channel
+    """Neighbours among the context ranks that share out the key-value heads."""
+    ring: Channel
+    """Context ranks with the same key-value heads."""
 
     @property
     def rank(self) -> int:
@@ -26,24 +39,50 @@ class Groups:
         return self.world.size()
 
 
-def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30)) -> Groups:
-    """Makes every group of `layout` over the initialised world; every rank calls it. ValueError where it does not fit."""
+def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, late: bool = False) -> Groups:
+    """Makes every group of `layout` over the initialised world; every rank calls it. ValueError where it does not fit.
+
+    `late`: channels run every exchange at its `finish`, see collectives.Channel.
+    """
     from megatron.core import parallel_state
 
     world = dist.group.WORLD
     assert world is not None, "join the ranks first"
     layout.data(world.size())
+    two_levels = layout.key_value > 1
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
+        hierarchical_context_parallel_sizes=[layout.key_value, layout.context // layout.key_value] if two_levels else None,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         distributed_timeout_minutes=int(timeout.total_seconds() // 60),
     )
-    return Groups(
+    context = parallel_state.get_context_parallel_group()
+    if two_levels:
+        key_value, ring = parallel_state.get_hierarchical_context_parallel_groups()
+    else:
+        key_value, ring = dist.new_subgroups(1)[0], context
+    groups = Groups(
         layout=layout,
         world=world,
-        data=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        data=parallel_state.get_data_parallel_group(),
+        data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor=parallel_state.get_tensor_model_parallel_group(),
+        tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
+        expert_data=parallel_state.get_expert_data_parallel_group(),
+        context=Channel(context, late=late),
+        key_value=Channel(key_value, late=late),
+        ring=Channel(ring, late=late),
     )
+    _warm(groups)
+    return groups
+
+
+def _warm(groups: Groups) -> None:
+    """Connects every group now, in one order on all ranks: NCCL connects at the first use, and ranks that meet in different orders hang."""
+    exchanges = [channel.group for channel in (groups.context, groups.key_value, groups.ring)]
+    for group in (groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.expert_data, *exchanges):
+        if group.size() > 1:
+            wait_for_all(group)

@@ -1,6 +1,13 @@
 """How ranks are shared out: world = pipeline * data * context * tensor = pipeline * expert_data * expert_tensor * expert."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Literal
+
+Exchange = Literal["auto", "gather", "transpose", "pruned"]
+Owners = Literal["zigzag", "balanced"]
+
+DEGREES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
+NOT_YET = ("pipeline", "expert", "expert_tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,21 +25,37 @@ class Layout:
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    key_value: int = 1
+    """Of the `context` ranks, so many neighbours (of one node) share out the key-value heads; the ring runs over the rest."""
+    exchange: Exchange = "auto"
+    """How lightning layers pass states between context ranks; auto: what sends the fewest bytes."""
+    owners: Owners = "zigzag"
+    """Which context rank holds which pieces of a row: zigzag, or balanced for the row's documents."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            degree = getattr(self, field.name)
+        for name in (*DEGREES, "key_value"):
+            degree = getattr(self, name)
             if degree < 1:
-                raise ValueError(f"layout.{field.name} is {degree}; it must be at least 1")
-            if degree > 1:
+                raise ValueError(f"layout.{name} is {degree}; it must be at least 1")
+            if degree > 1 and name in NOT_YET:
                 raise ValueError(
-                    f"layout.{field.name} is {degree}; this version runs data parallelism only: set it to 1 and use more ranks"
+                    f"layout.{name} is {degree}; this version runs data, tensor and context parallelism: set it to 1 and use those"
                 )
+        if self.context % self.key_value:
+            raise ValueError(
+                f"layout.key_value is {self.key_value}, layout.context {self.context}: key_value ranks are neighbours among the context "
+                "ranks, so it must divide context"
+            )
 
     @property
     def dense(self) -> int:
         """Ranks that hold one copy of the dense weights' work: pipeline * context * tensor."""
         return self.pipeline * self.context * self.tensor
+
+    @property
+    def pieces(self) -> int:
+        """Pieces a row is cut into: two for each context rank, or the whole row."""
+        return 2 * self.context if self.context > 1 else 1
 
     def data(self, world: int) -> int:
         """Data-parallel degree in a world of `world` ranks; ValueError where the layout does not fit."""
@@ -41,3 +64,13 @@ class Layout:
             if world % ranks:
                 raise ValueError(f"{world} ranks were started, not a multiple of {name} = {ranks}: change the ranks or the layout")
         return world // self.dense
+
+    def check_length(self, name: str, tokens: int) -> None:
+        """ValueError where a row of `tokens` tokens cannot be shared out evenly."""
+        for divisor, why in (
+            (self.pieces, "2 * layout.context pieces"),
+            (self.context * self.tensor, "layout.context * layout.tensor ranks"),
+        ):
+            if tokens % divisor:
+                nearest = max(tokens // divisor, 1) * divisor
+                raise ValueError(f"{name} is {tokens}, not a multiple of {divisor} ({why}): use {nearest}, or change the layout")

@@ -22,7 +22,7 @@ Sharded = dict[str, ShardedTensor]
 
 def model_state(decoder: Decoder, groups: Groups) -> Sharded:
     """The weights under their global names; replicas over data-parallel ranks are marked so that one of them writes."""
-    replica = groups.data.rank()
+    replica = groups.data_context.rank()
     return {
         f"model.{name}": ShardedTensor.from_rank_offsets(f"model.{name}", parameter.data, replica_id=replica)
         for name, parameter in decoder.named_parameters()

@@ -98,7 +98,7 @@ class Trainer:
         counts = torch.stack([r["tokens_per_expert"] for r in reports]).sum(0).double()
         names = ("loss", "predicted", "auxiliary", "squares", "rows")
         scalars = torch.stack([torch.stack([r[name].double() for name in names]) for r in reports]).sum(0)
-        total = all_sum(torch.cat([scalars, counts.flatten()]), self.session.groups.data).cpu()
+        total = all_sum(torch.cat([scalars, counts.flatten()]), self.session.groups.data_context).cpu()
         loss, predicted, auxiliary, squares, rows = total[: len(names)].tolist()
         share = total[len(names) :].view(counts.shape)
         return StepReport(

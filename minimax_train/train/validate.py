@@ -46,6 +46,6 @@ def score(decoder: Decoder, rows: list[Row], session: Session) -> Score:
         losses, routings = decoder(to_row(row, session.device))
         sums += torch.stack([losses.double().sum(), sums.new_tensor(float((row.labels >= 0).sum()))])
         counts += torch.stack([r.tokens_per_expert for r in routings])
-    total = all_sum(torch.cat([sums, counts.flatten()]), data).cpu()
+    total = all_sum(torch.cat([sums, counts.flatten()]), session.groups.data_context).cpu()
     share = total[2:].view(counts.shape)
     return Score(loss=float(total[0] / total[1]), tokens=int(total[1]), expert_share=(share / share.sum(1, keepdim=True)).tolist())

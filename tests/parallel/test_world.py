@@ -44,8 +44,19 @@ def test_layouts() -> None:
     for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
         with pytest.raises(ValueError, match=f"layout.{name} is 0"):
             Layout(**{name: 0})
+    for name in ("pipeline", "expert", "expert_tensor"):
         with pytest.raises(ValueError, match=f"layout.{name} is 2; this version"):
             Layout(**{name: 2})
+    layout = Layout(tensor=2, context=4)
+    assert (layout.data(16), layout.pieces, Layout().pieces) == (2, 8, 1)
+    with pytest.raises(ValueError, match=r"12 ranks .* pipeline\*context\*tensor = 8"):
+        layout.data(12)
+    with pytest.raises(ValueError, match=r"layout.key_value is 3, layout.context 4"):
+        Layout(context=4, key_value=3)
+    layout.check_length("a row", 64)
+    for tokens, nearest in ((60, 56), (4, 8)):
+        with pytest.raises(ValueError, match=rf"a row is {tokens}, not a multiple of 8 \(.*\): use {nearest}"):
+            layout.check_length("a row", tokens)
 
 
 def _fail_on_one(place: Place) -> Any:
