@@ -1,6 +1,5 @@
 """Talking to other ranks outside megatron-core: the only place that calls a collective."""
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -82,16 +81,6 @@ class Channel:
     def _count(self, name: str, sent: int) -> None:
         self.bytes[name] += sent
         self.calls[name] += 1
-
-
-def as_splits(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The parts one after the other, flat: what an all-to-all sends. An empty tensor in the dtype of `like` if there are none."""
-    return torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
-
-
-def offsets(sizes: Sequence[int]) -> list[int]:
-    """0 and the running sums of `sizes`."""
-    return [0, *itertools.accumulate(sizes)]
 
 
 def all_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
