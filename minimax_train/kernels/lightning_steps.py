@@ -17,6 +17,7 @@ Legend: T local tokens, H heads, D head size, N local documents.
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -69,6 +70,16 @@ class LocalDocuments:
             if document >= 0:
                 rows[document] = slot
         return rows
+
+    @cached_property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """rows(enters) and rows(leaves) on the device, int32 `[N]`: written there once for all layers, without a copy that waits."""
+        enters, leaves = (self.cu_seqlens.new_full((len(self.bounds) - 1,), -1) for _ in range(2))
+        for table, slots in ((enters, self.enters), (leaves, self.leaves)):
+            for slot, document in enumerate(slots):
+                if document >= 0:
+                    table[document] = slot
+        return enters, leaves
 
     def span(self, document: int) -> tuple[int, int]:
         """First token and end of a document."""
