@@ -235,8 +235,8 @@ def document_sum(a_THD: Tensor, b_THD: Tensor, slopes_H: Tensor, first: int, end
     the SiLU is meant. Tokens so far off that every head's weight is 0.0 are not read.
     """
     dtype = torch.promote_types(a_THD.dtype, torch.float32)
-    reach = _reach(slopes_H, dtype, end - first)
-    work = _Work(a_THD, slopes_H, [first, first + reach] if reverse else [end - reach, end], dtype)
+    read = reach(slopes_H, dtype, end - first)
+    work = _Work(a_THD, slopes_H, [first, first + read] if reverse else [end - read, end], dtype)
     a_rows, b_rows, scaled = (work.rows() for _ in range(3))
     products, low = work.states(), work.low()
     total = torch.zeros_like(products[0])
@@ -251,11 +251,10 @@ def document_sum(a_THD: Tensor, b_THD: Tensor, slopes_H: Tensor, first: int, end
     return total
 
 
-def _reach(slopes_H: Tensor, dtype: torch.dtype, tokens: int) -> int:
-    """How many of the tokens have a weight exp(-s n) that is not 0.0 in `dtype` for the slowest head, at most."""
+def reach(slopes_H: Tensor, dtype: torch.dtype, tokens: int) -> int:
+    """How many of the tokens have a weight exp(-s n) that `dtype` can tell from 0.0 (fp32: 1.4e-45), for the slowest head."""
     limit, slowest = torch.finfo(dtype), float(slopes_H.min())
-    reach = (1 - math.log(limit.smallest_normal * limit.eps)) / max(slowest, limit.smallest_normal)
-    return math.ceil(min(tokens, reach))
+    return math.ceil(min(tokens, (1 - math.log(limit.smallest_normal * limit.eps)) / max(slowest, limit.smallest_normal)))
 
 
 def forward(

@@ -150,7 +150,9 @@ def agree(case: Case, results: tuple[Tensor, Tensor], exact: tuple[Tensor, Tenso
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 6e-3), (torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["bf16", "fp32", "fp64"]
+)
 @pytest.mark.parametrize("backend", ["definition", "cpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_cut_row_is_the_whole_row(name: str, backend: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -190,6 +192,18 @@ def test_many_blocks(slopes: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     local = [local_documents(case, runs, "cpu") for runs in case.ranks]
     steps = [make_steps(case, documents, "cpu", do) for documents in local]
     agree(case, by_steps(case, qkv, do, steps, local), truth(case, qkv, do), 1e-5)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1e-6, 0.004, 0.917])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_skipped_tokens_weigh_nothing(slope: float, dtype: torch.dtype) -> None:
+    """The first token that the CPU's end states leave out has weight 0.0, and not many that they read have."""
+    from minimax_train.kernels.lightning_cpu import reach
+
+    slopes, tokens = torch.tensor([30.0, slope]), 100_000
+    n = reach(slopes, dtype, tokens)
+    weights = torch.exp(-slopes[1].to(dtype) * torch.tensor([n, 0.95 * n], dtype=dtype))
+    assert n == tokens if slope < 1e-3 else weights[0] == 0 < weights[1]
 
 
 class Allocations(TorchDispatchMode):
