@@ -75,11 +75,10 @@ def silu_lightning_attention(qkv: Tensor, slopes: Tensor, *, cu_seqlens: Tensor 
 
         active = F.silu(qkv).flatten(0, 1)
         return lightning_triton.packed_lightning_attention(active, slopes, _on_device(cu_seqlens, q), rows=q.shape[0]).view(q.shape)
-    bounds, initial = _on_host(cu_seqlens, q, None)
     if name == "cpu":
-        return attend_silu(qkv.flatten(0, 1), slopes, bounds, initial)[0].view(q.shape)
+        return attend_silu(qkv.flatten(0, 1), slopes, _bounds(cu_seqlens, q)).view(q.shape)
     q_THD, k_THD, v_THD = F.silu(qkv).flatten(0, 1).unbind(2)
-    return define(q_THD, k_THD, v_THD, slopes, bounds, initial)[0].view(q.shape)
+    return define(q_THD, k_THD, v_THD, slopes, *_on_host(cu_seqlens, q, None))[0].view(q.shape)
 
 
 def best_lightning_backend(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -133,21 +132,25 @@ def _on_device(cu_seqlens: Tensor | None, q: Tensor) -> Tensor:
     if cu_seqlens is None:
         return torch.arange(rows + 1, dtype=torch.int32, device=q.device) * tokens
     if cu_seqlens.device.type == "cpu":
-        _bounds(cu_seqlens, tokens)
+        _bounds(cu_seqlens, q)
     return cu_seqlens.to(q.device, torch.int32, non_blocking=True).contiguous()
 
 
 def _on_host(cu_seqlens: Tensor | None, q: Tensor, initial_state: Tensor | None) -> tuple[list[int], Tensor]:
     """Where documents start in the packed row (and its end), and the states they start from, in the states' dtype."""
-    rows, tokens, heads, size = q.shape
-    bounds = [row * tokens for row in range(rows + 1)] if cu_seqlens is None else _bounds(cu_seqlens, tokens)
+    heads, size = q.shape[2:]
+    bounds = _bounds(cu_seqlens, q)
     dtype = torch.promote_types(q.dtype, torch.float32)
     if initial_state is None:
         return bounds, q.new_zeros((len(bounds) - 1, heads, size, size), dtype=dtype)
     return bounds, initial_state.to(dtype)
 
 
-def _bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
+def _bounds(cu_seqlens: Tensor | None, q: Tensor) -> list[int]:
+    """Where documents start in the packed row, and its end; checked."""
+    rows, tokens = q.shape[:2]
+    if cu_seqlens is None:
+        return [row * tokens for row in range(rows + 1)]
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(b < a for a, b in itertools.pairwise(bounds)):
         given = bounds if len(bounds) <= 8 else f"[{bounds[0]}, ..., {bounds[-1]}] ({len(bounds)} numbers)"

@@ -13,6 +13,7 @@ Chunks are worked on a block at a time, in scratch that is reused: fresh large t
 on strided views fall back to slow loops. Legend: T tokens, H heads, D head size, n chunks of a block, C chunk size, N documents.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,10 +38,42 @@ def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, bounds
     return o, final
 
 
-def attend_silu(qkv_TH3D: Tensor, slopes_H: Tensor, bounds: list[int], initial_NHDD: Tensor) -> tuple[Tensor, Tensor]:
-    """attend(q, k, v, ...) with q, k, v = SiLU(qkv).unbind(2), without three large tensors: SiLU(qkv), its gradient, their stacking."""
-    o, final = _AttendSilu.apply(qkv_TH3D, slopes_H, bounds, initial_NHDD)
-    return o, final
+def attend_silu(qkv_TH3D: Tensor, slopes_H: Tensor, bounds: list[int]) -> Tensor:
+    """attend(q, k, v, ...)[0] with q, k, v = SiLU(qkv).unbind(2) and no initial states.
+
+    Without three large tensors (SiLU(qkv), its gradient, their stacking), and without any state per document.
+    """
+    o: Tensor = _AttendSilu.apply(qkv_TH3D, slopes_H, bounds)
+    return o
+
+
+@dataclass(frozen=True, kw_only=True)
+class Documents:
+    """The documents of a row, bounds[n] .. bounds[n + 1] - 1, and their rows in the tables of states `[rows, H, D, D]`.
+
+    Document n starts from row enters[n] of the initial states (-1: from zero); its end state, or that state's gradient, is row leaves[n]
+    of another table (-1: nobody wants it; gradient zero). So thousands of documents of which two have states need two states.
+    """
+
+    bounds: list[int]
+    enters: Sequence[int]
+    leaves: Sequence[int]
+
+    @classmethod
+    def with_states(cls, bounds: list[int]) -> "Documents":
+        """Row n is document n's."""
+        return cls(bounds=bounds, enters=range(len(bounds) - 1), leaves=range(len(bounds) - 1))
+
+    @classmethod
+    def without_states(cls, bounds: list[int]) -> "Documents":
+        nowhere = [-1] * (len(bounds) - 1)
+        return cls(bounds=bounds, enters=nowhere, leaves=nowhere)
+
+
+def no_states(like_THD: Tensor) -> Tensor:
+    """A table of no rows, `[0, H, D, D]`, in the dtype that states have beside `like`."""
+    _, heads, size = like_THD.shape
+    return like_THD.new_empty((0, heads, size, size), dtype=torch.promote_types(like_THD.dtype, torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +112,7 @@ class _Work:
         chunks = list(cut(bounds, self.chunk))
         most = max(1, FEWEST_TOKENS // self.chunk, BLOCK_NUMBERS // (self.chunk * heads * size))
         self.blocks = [chunks[i : i + most] for i in range(0, len(chunks), most)]
+        self.inner = [i for i, block in enumerate(self.blocks) if not block[0].opens]  # blocks whose first chunk a state enters
         self.shape = (min(most, len(chunks)), heads, self.chunk, size)
         self.like, self.state_dtype = like_THD, dtype
         self.slopes_H11 = slopes_H.to(dtype)[:, None, None]
@@ -166,77 +200,120 @@ def _lower(states_nHDD: Tensor, low_nHDD: Tensor) -> Tensor:
     return states_nHDD if states_nHDD.dtype == low_nHDD.dtype else low_nHDD.copy_(states_nHDD)
 
 
-def _scan(states: Tensor, decay_nH11: Tensor, block: list[Chunk], initial_NHDD: Tensor, final_NHDD: Tensor | None) -> None:
+def _take(state: Tensor, table: Tensor, row: int) -> None:
+    """state = table[row], or zero where the document has no row."""
+    if row < 0:
+        state.zero_()
+    else:
+        state.copy_(table[row])
+
+
+def _scan(states: Tensor, decay_nH11: Tensor, block: list[Chunk], documents: Documents, initial: Tensor, final: Tensor | None) -> None:
     """On entry states[c + 1] is what chunk c alone adds and states[0] what enters the block; on return states[c] enters chunk c."""
     for c, chunk in enumerate(block):
         if chunk.opens:
-            states[c] = initial_NHDD[chunk.document]
+            _take(states[c], initial, documents.enters[chunk.document])
         states[c + 1].addcmul_(states[c], decay_nH11[c])
-        if chunk.closes and final_NHDD is not None:
-            final_NHDD[chunk.document] = states[c + 1]
+        if final is not None and chunk.closes and documents.leaves[chunk.document] >= 0:
+            final[documents.leaves[chunk.document]] = states[c + 1]
 
 
-def _scan_back(grads: Tensor, decay_nH11: Tensor, block: list[Chunk], final_NHDD: Tensor, initial_NHDD: Tensor) -> None:
+def _scan_back(grads: Tensor, decay_nH11: Tensor, block: list[Chunk], documents: Documents, final: Tensor, initial: Tensor | None) -> None:
     """The transpose of _scan: grads[c] gains what grads[c + 1], the gradient of the state after chunk c, hands on through c."""
     for c, chunk in reversed(list(enumerate(block))):
         if chunk.closes:
-            grads[c + 1] = final_NHDD[chunk.document]
+            _take(grads[c + 1], final, documents.leaves[chunk.document])
         grads[c].addcmul_(grads[c + 1], decay_nH11[c])
-        if chunk.opens:
-            initial_NHDD[chunk.document] = grads[c]
+        if initial is not None and chunk.opens and documents.enters[chunk.document] >= 0:
+            initial[documents.enters[chunk.document]] = grads[c]
 
 
-def _forward(qkv: Sequence[Tensor], slopes: Tensor, bounds: list[int], initial: Tensor, silu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """o, the final states and the state that enters each block `[blocks, H, D, D]`."""
+def document_sum(a_THD: Tensor, b_THD: Tensor, slopes_H: Tensor, first: int, end: int, *, silu: tuple[bool, bool], reverse: bool) -> Tensor:
+    """The state after a document's n tokens first .. end - 1 from zero, sum_j lam^(n-1-j) a_j^T b_j `[H, D, D]`, with (a, b) = (k, v).
+
+    reverse, with (q, do): its transpose sum_i lam^(i+1) a_i^T b_i, the initial state's gradient from the outputs. `silu`: of which of a, b
+    the SiLU is meant. Tokens so far off that every head's weight is 0.0 are not read.
+    """
+    dtype = torch.promote_types(a_THD.dtype, torch.float32)
+    read = reach(slopes_H, dtype, end - first)
+    work = _Work(a_THD, slopes_H, [first, first + read] if reverse else [end - read, end], dtype)
+    a_rows, b_rows, scaled = (work.rows() for _ in range(3))
+    products, low = work.states(), work.low()
+    total = torch.zeros_like(products[0])
+    for block in reversed(work.blocks) if reverse else work.blocks:
+        n = len(block)
+        key_decay, decay = work.decays(block)
+        a_n, b_n = _load(a_THD, block, a_rows, silu[0]), _load(b_THD, block, b_rows, silu[1])
+        weighted = torch.mul(a_n, work.query_decay_HC1 if reverse else key_decay, out=scaled[:n])
+        _state_product(weighted, b_n, products[:n], low[:n])
+        for c in reversed(range(n)) if reverse else range(n):
+            torch.addcmul(products[c], total, decay[c], out=total)
+    return total
+
+
+def reach(slopes_H: Tensor, dtype: torch.dtype, tokens: int) -> int:
+    """How many of the tokens have a weight exp(-s n) that `dtype` can tell from 0.0 (fp32: 1.4e-45), for the slowest head."""
+    limit, slowest = torch.finfo(dtype), float(slopes_H.min())
+    return math.ceil(min(tokens, (1 - math.log(limit.smallest_normal * limit.eps)) / max(slowest, limit.smallest_normal)))
+
+
+def forward(
+    qkv: Sequence[Tensor], slopes: Tensor, documents: Documents, initial: Tensor, final: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """o and, for `backward`, the state at each border of two blocks inside a document; writes the end states into `final`, if given."""
     q, k, v = qkv
-    work = _Work(q, slopes, bounds, initial.dtype)
-    o, final = q.new_empty(q.shape), initial.clone()
-    borders = initial.new_empty((len(work.blocks), *initial.shape[1:]))
+    work = _Work(q, slopes, documents.bounds, initial.dtype)
+    o = q.new_empty(q.shape)
+    borders = initial.new_empty((len(work.inner), *initial.shape[1:]))
     q_rows, k_rows, v_rows, o_rows, scaled = (work.rows() for _ in range(5))
     scores, states, low = work.rows(width=work.chunk), work.states(), work.low()
-    states[0].zero_()
-    for border, block in zip(borders, work.blocks, strict=True):
+    kept = iter(borders.unbind(0))
+    for block in work.blocks:
         n = len(block)
         key_decay, decay = work.decays(block)
         q_n, k_n, v_n = (_load(x, block, rows, silu) for x, rows in ((q, q_rows), (k, k_rows), (v, v_rows)))
-        border.copy_(states[0])
+        if not block[0].opens:
+            next(kept).copy_(states[0])
         _state_product(torch.mul(k_n, key_decay, out=scaled[:n]), v_n, states[1 : n + 1], low[:n])
-        _scan(states, decay, block, initial, final)
+        _scan(states, decay, block, documents, initial, final)
         o_n = _product(torch.mul(q_n, work.query_decay_HC1, out=scaled[:n]), _lower(states[:n], low[:n]), o_rows[:n])
         _product(_product(q_n, k_n.mT, scores[:n]).mul_(work.mask_HCC), v_n, o_n, add=True)
         _store(o_n, block, o)
         states[0] = states[n]
-    return o, final, borders
+    return o, borders
 
 
-def _backward(
+def backward(
     qkv: Sequence[Tensor],
     slopes: Tensor,
-    bounds: list[int],
+    documents: Documents,
     initial: Tensor,
     borders: Tensor,
     do: Tensor,
     dfinal: Tensor,
     dqkv: Sequence[Tensor],
+    dinitial: Tensor | None,
     silu: bool,
-) -> Tensor:
-    """Writes the gradients of q, k, v into `dqkv`, from the last block to the first; returns that of the initial states."""
+) -> None:
+    """Writes the gradients of q, k, v into `dqkv` and of the initial states into `dinitial`, if given; from the last block to the first."""
     (q, k, v), (dq, dk, dv) = qkv, dqkv
-    work = _Work(q, slopes, bounds, initial.dtype)
+    work = _Work(q, slopes, documents.bounds, initial.dtype)
     q_rows, k_rows, v_rows, do_rows, keys, scaled, out = (work.rows() for _ in range(7))
     scores, states, grads, low = work.rows(width=work.chunk), work.states(), work.states(), work.low()
-    dinitial, entering = dfinal.clone(), torch.zeros_like(states[0])
-    for border, block in zip(borders.flip(0), reversed(work.blocks), strict=True):
+    entering, kept = torch.zeros_like(states[0]), reversed(borders.unbind(0))
+    for block in reversed(work.blocks):
         n = len(block)
         key_decay, decay = work.decays(block)
         q_n, k_n, v_n = (_load(x, block, rows, silu) for x, rows in ((q, q_rows), (k, k_rows), (v, v_rows)))
         do_n = _load(do, block, do_rows, False)
         keys_n, scaled_n, out_n, scores_n, low_n = keys[:n], scaled[:n], out[:n], scores[:n], low[:n]
-        states[0], grads[n] = border, entering
+        if not block[0].opens:
+            states[0] = next(kept)
+        grads[n] = entering
         _state_product(torch.mul(k_n, key_decay, out=keys_n), v_n, states[1 : n + 1], low_n)
-        _scan(states, decay, block, initial, None)
+        _scan(states, decay, block, documents, initial, None)
         _state_product(torch.mul(q_n, work.query_decay_HC1, out=scaled_n), do_n, grads[:n], low_n)
-        _scan_back(grads, decay, block, dfinal, dinitial)
+        _scan_back(grads, decay, block, documents, dfinal, dinitial)
         entering.copy_(grads[0])
 
         after = _lower(grads[1 : n + 1], low_n)  # gradient of the state after each chunk
@@ -250,7 +327,6 @@ def _backward(
         _product(torch.mul(do_n, work.query_decay_HC1, out=scaled_n), before.mT, out_n)
         _product(scores_n, k_n, out_n, add=True)
         _store(out_n, block, dq, q if silu else None)
-    return dinitial
 
 
 class _Attend(torch.autograd.Function):
@@ -258,9 +334,10 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, bounds: list[int], initial: Tensor) -> tuple[Tensor, Tensor]:
-        o, final, borders = _forward((q, k, v), slopes, bounds, initial, silu=False)
+        ctx.documents = Documents.with_states(bounds)
+        final = initial.clone()  # of an empty document it is the initial state
+        o, borders = forward((q, k, v), slopes, ctx.documents, initial, final, silu=False)
         ctx.save_for_backward(q, k, v, slopes, initial, borders)
-        ctx.bounds = bounds
         return o, final
 
     @staticmethod
@@ -268,24 +345,25 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, Tensor]:
         q, k, v, slopes, initial, borders = ctx.saved_tensors
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        dinitial = _backward((q, k, v), slopes, ctx.bounds, initial, borders, do, dfinal, (dq, dk, dv), silu=False)
+        dinitial = dfinal.clone()
+        backward((q, k, v), slopes, ctx.documents, initial, borders, do, dfinal, (dq, dk, dv), dinitial, silu=False)
         return dq, dk, dv, None, None, dinitial
 
 
 class _AttendSilu(torch.autograd.Function):
-    """The same for qkv `[T, H, 3, D]` before its SiLU, which backward recomputes."""
+    """The same for qkv `[T, H, 3, D]` before its SiLU, which backward recomputes; no states of documents."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, slopes: Tensor, bounds: list[int], initial: Tensor) -> tuple[Tensor, Tensor]:
-        o, final, borders = _forward(qkv.unbind(2), slopes, bounds, initial, silu=True)
-        ctx.save_for_backward(qkv, slopes, initial, borders)
-        ctx.bounds = bounds
-        return o, final
+    def forward(ctx: Any, qkv: Tensor, slopes: Tensor, bounds: list[int]) -> Tensor:
+        ctx.documents = Documents.without_states(bounds)
+        o, borders = forward(qkv.unbind(2), slopes, ctx.documents, no_states(qkv.select(2, 0)), None, silu=True)
+        ctx.save_for_backward(qkv, slopes, borders)
+        return o
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor, None, None, Tensor]:
-        qkv, slopes, initial, borders = ctx.saved_tensors
-        dqkv = qkv.new_empty(qkv.shape)
-        dinitial = _backward(qkv.unbind(2), slopes, ctx.bounds, initial, borders, do, dfinal, dqkv.unbind(2), silu=True)
-        return dqkv, None, None, dinitial
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, None, None]:
+        qkv, slopes, borders = ctx.saved_tensors
+        dqkv, nothing = qkv.new_empty(qkv.shape), no_states(qkv.select(2, 0))
+        backward(qkv.unbind(2), slopes, ctx.documents, nothing, borders, do, nothing, dqkv.unbind(2), None, silu=True)
+        return dqkv, None, None

@@ -87,11 +87,28 @@ class Cut:
     """int32 `[N, 2]`: first slot, number of segments."""
     slots: int
     """Places for states between two segments of one document."""
+    rows: int
+    """Of a table of documents' states `[rows, H, D, D]`."""
+    full: bool
+    """Document n has row n: no row of the tables stays unwritten."""
+    enters: Tensor
+    """int32 `[N]`: the row of a document's initial state, and of that state's gradient; -1: zero, and not wanted."""
+    leaves: Tensor
+    """The same for its end state."""
 
 
-def cut_row(cu_seqlens: Tensor, tokens: int, length: int) -> Cut:
-    """Cuts documents cu_seqlens[n] .. cu_seqlens[n + 1] - 1 (int32 `[N + 1]` on the device) into segments of at most `length` tokens."""
+def cut_row(
+    cu_seqlens: Tensor, tokens: int, length: int, *, rows: int | None = None, enters: Tensor | None = None, leaves: Tensor | None = None
+) -> Cut:
+    """Cuts documents cu_seqlens[n] .. cu_seqlens[n + 1] - 1 (int32 `[N + 1]` on the device) into segments of at most `length` tokens.
+
+    With rows, enters and leaves as in `Cut`, states of documents live in tables `[rows, H, D, D]`; else document n has row n.
+    """
     documents, slots = len(cu_seqlens) - 1, max(tokens - 1, 0) // length
+    full = rows is None or enters is None or leaves is None
+    if rows is None or enters is None or leaves is None:
+        rows, enters = documents, torch.arange(documents, dtype=torch.int32, device=cu_seqlens.device)
+        leaves = enters
     cut = Cut(
         length=length,
         tokens=tokens,
@@ -99,29 +116,35 @@ def cut_row(cu_seqlens: Tensor, tokens: int, length: int) -> Cut:
         segments=cu_seqlens.new_empty((slots + documents, COLUMNS)),
         documents=cu_seqlens.new_empty((documents, 2)),
         slots=slots,
+        rows=rows,
+        full=full,
+        enters=enters,
+        leaves=leaves,
     )
     kernels.cut_row[(documents + 1,)](
-        cu_seqlens, cut.segments, cut.documents, documents, len(cut.segments), slots, tokens, length, BLOCK=256
+        cu_seqlens, enters, leaves, cut.segments, cut.documents, documents, len(cut.segments), slots, tokens, length, BLOCK=256
     )  # fmt: skip
     return cut
 
 
 def over_documents(slopes_H: Tensor, cut: Cut) -> Tensor:
-    """lam^length of every document, `[N, H, 1, 1]` fp32: what is left of its initial state in its final one."""
+    """lam^length of every document, `[N, H, 1, 1]` fp32: what is left of its initial state in its end state."""
     return torch.exp(-slopes_H * cut.cu_seqlens.diff()[:, None])[..., None, None]
 
 
 def local_states(
     k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, cut: Cut, layout: Tiles, *, ends: bool, reverse: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """(the state between segments, from zero initial states `[slots, H, D, D]`; with `ends` the state after each document `[N, H, D, D]`).
+    """(the state between segments, from zero initial states `[slots, H, D, D]`; with `ends` the state after each document that has a row
+    in the table of end states `[rows, H, D, D]`; other rows are zero).
 
     reverse, called with (q, do): the same for gradients: of the state between segments, and of each document's initial state, both for
-    final states of gradient zero. fp32.
+    end states of gradient zero. fp32.
     """
     _, heads, size = k_THD.shape
     slots = k_THD.new_empty((cut.slots, heads, size, size), dtype=torch.float32)
-    last = k_THD.new_empty((len(cut.documents), heads, size, size), dtype=torch.float32) if ends else None
+    make = k_THD.new_empty if cut.full else k_THD.new_zeros
+    last = make((cut.rows, heads, size, size), dtype=torch.float32) if ends else None
     if not ends and not cut.slots:
         return slots, None
     grid = (len(cut.segments) * heads, size // layout.state_rows, size // layout.state_columns)
@@ -131,7 +154,8 @@ def local_states(
         num_warps=layout.state_warps, num_stages=layout.state_stages,
     )  # fmt: skip
     kernels.scan_states[(len(cut.documents) * heads, size * size // SCAN_BLOCK)](
-        slots, last if ends else slots, slopes_H, cut.cu_seqlens, cut.documents, heads, cut.length, cut.tokens,
+        slots, last if ends else slots, slopes_H, cut.cu_seqlens, cut.documents, cut.enters if reverse else cut.leaves,
+        heads, cut.length, cut.tokens,
         D=size, BLOCK=SCAN_BLOCK, AHEAD=SCAN_AHEAD, REVERSE=reverse, ENDS=ends,
     )  # fmt: skip
     return slots, last
@@ -140,7 +164,7 @@ def local_states(
 def outputs(
     q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, cut: Cut, layout: Tiles, slots: Tensor, initial: Tensor | None
 ) -> Tensor:
-    """o `[T, H, D]`, from local_states' `slots` and the documents' initial states `[N, H, D, D]` fp32 (None: zero)."""
+    """o `[T, H, D]`, from local_states' `slots` and the table of initial states `[rows, H, D, D]` fp32 (None: all zero)."""
     tokens, heads, size = q_THD.shape
     o = q_THD.new_empty((tokens, heads, size))
     kernels.outputs[(len(cut.segments) * heads * (size // layout.columns),)](
@@ -169,7 +193,7 @@ def key_value_gradient(
     qkv: tuple[Tensor, Tensor, Tensor], do_THD: Tensor, slopes_H: Tensor, cut: Cut, layout: Tiles, dslots: Tensor, dfinal: Tensor | None,
     dk_THD: Tensor, dv_THD: Tensor,
 ) -> None:  # fmt: skip
-    """Writes dk and dv, from the reverse local_states' `dslots` and the gradient of the final states `[N, H, D, D]` fp32 (None: zero)."""
+    """Writes dk and dv, from the reverse local_states' `dslots` and the table of end states' gradients (None: all zero)."""
     q, k, v = qkv
     _, heads, size = q.shape
     kernels.key_value_gradient[(len(cut.segments) * heads * 2 * (size // layout.columns),)](
@@ -210,15 +234,25 @@ def packed_lightning_attention(
 
 def _plan(q_THD: Tensor, cu_seqlens: Tensor, rows: int, length: int | None, layout: Tiles | None) -> tuple[Cut, Tiles]:
     tokens, heads, size = q_THD.shape
-    _refuse(q_THD.dtype, size, q_THD.device)
-    if length is None:
-        length = segment_length(
-            rows=rows, tokens=tokens // max(rows, 1), heads=heads, size=size, dtype=q_THD.dtype, processors=_processors(q_THD.device)
-        )
-    if layout is None:  # the interpreter has no registers to spare: there fp32 is laid out as bf16 on a GPU, which is ten times faster
-        layout = tiles(size, torch.bfloat16 if triton.knobs.runtime.interpret else q_THD.dtype)
+    length, layout = plan(
+        rows=rows, tokens=tokens, heads=heads, size=size, dtype=q_THD.dtype, device=q_THD.device, length=length, layout=layout
+    )
     with torch.cuda.device_of(q_THD):
         return cut_row(cu_seqlens, tokens, length), layout
+
+
+def plan(
+    *, rows: int, tokens: int, heads: int, size: int, dtype: torch.dtype, device: torch.device, length: int | None, layout: Tiles | None
+) -> tuple[int, Tiles]:
+    """Length of a segment and layout for a packed row of `tokens`, by the rules above where None. ValueError where nothing runs."""
+    _refuse(dtype, size, device)
+    if length is None:
+        length = segment_length(
+            rows=rows, tokens=tokens // max(rows, 1), heads=heads, size=size, dtype=dtype, processors=_processors(device)
+        )
+    if layout is None:  # the interpreter has no registers to spare: there fp32 is laid out as bf16 on a GPU, which is ten times faster
+        layout = tiles(size, torch.bfloat16 if triton.knobs.runtime.interpret else dtype)
+    return length, layout
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -19,8 +19,8 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 VANISHES = tl.constexpr(128.0)  # 2^-128 is below fp32's least normal number: what decays further is nothing
-COLUMNS = tl.constexpr(8)  # of int32 in the table of segments, named by _read; the last is unused
-NO_SLOT = tl.constexpr(-1)
+COLUMNS = tl.constexpr(8)  # of int32 in the table of segments, named by _read
+NO_SLOT = tl.constexpr(-1)  # also: no row of a table of documents' states
 
 
 @triton.jit
@@ -30,11 +30,13 @@ def _bound(cu_seqlens, n, inside, tokens):
 
 
 @triton.jit(do_not_specialize=["n_documents", "n_segments", "n_slots", "tokens", "segment_length"])  # they change from row to row
-def cut_row(cu_seqlens, segments, documents, n_documents, n_segments, n_slots, tokens, segment_length, BLOCK: tl.constexpr):
+def cut_row(cu_seqlens, enters, leaves, segments, documents, n_documents, n_segments, n_slots, tokens, segment_length,
+            BLOCK: tl.constexpr):  # fmt: skip
     """Writes the table of segments `[n_segments, 8]` and of documents `[n_documents, 2]` (first slot, number of segments).
 
     A program a document, and one more that marks the unused rest of the table as empty. A slot is where the state between two segments
     of one document is kept: a document of p segments has p - 1. No entry points outside the row or the slots, whatever cu_seqlens holds.
+    `enters`, `leaves`: per document its row in the tables of initial and of end states, or -1.
     """
     n = tl.program_id(0)
     segment, slot = 0, 0
@@ -45,7 +47,9 @@ def cut_row(cu_seqlens, segments, documents, n_documents, n_segments, n_slots, t
         segment += tl.sum(pieces).to(tl.int32)
         slot += tl.sum(tl.maximum(pieces - 1, 0)).to(tl.int32)
     start, end, count = 0, 0, n_segments - segment
+    arrives, departs = -1, -1
     if n < n_documents:
+        arrives, departs = tl.load(enters + n), tl.load(leaves + n)
         start = _bound(cu_seqlens, n, True, tokens)
         end = _bound(cu_seqlens, n + 1, True, tokens)
         count = tl.minimum(tl.cdiv(tl.maximum(end - start, 0), segment_length), tl.maximum(n_slots - slot, 0) + 1)
@@ -62,9 +66,10 @@ def cut_row(cu_seqlens, segments, documents, n_documents, n_segments, n_slots, t
         tl.store(row + 1, tl.where(n < n_documents, tl.minimum(first + segment_length, end), 0), mask=mine)
         tl.store(row + 2, tl.where(n < n_documents, entering, NO_SLOT), mask=mine)
         tl.store(row + 3, tl.where(n < n_documents, leaving, NO_SLOT), mask=mine)
-        tl.store(row + 4, tl.minimum(n, n_documents - 1) + i * 0, mask=mine)
+        tl.store(row + 4, arrives + i * 0, mask=mine)
         tl.store(row + 5, start + i * 0, mask=mine)
         tl.store(row + 6, end + i * 0, mask=mine)
+        tl.store(row + 7, departs + i * 0, mask=mine)
 
 
 @triton.jit
@@ -98,7 +103,7 @@ def _state(states, index, heads, h, D: tl.constexpr):
 def segment_states(k, v, slopes, segments, slots, ends, heads, stride_kt, stride_kh, stride_vt, stride_vh,
                    D: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
                    REVERSE: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
-    """What each segment alone adds to the state that leaves it, into its slot; for a document's last one into `ends`, if wanted.
+    """What each segment alone adds to the state that leaves it, into its slot; for a document's last one into its row of `ends`, if any.
 
     REVERSE: with (k, v) = (q, do), what it adds to the gradient of the state that enters it; for a document's first one into `ends`.
     """
@@ -107,7 +112,10 @@ def segment_states(k, v, slopes, segments, slots, ends, heads, stride_kt, stride
     row, column = tl.program_id(1) * BK, tl.program_id(2) * BV
     start, end = tl.load(segments + m * COLUMNS), tl.load(segments + m * COLUMNS + 1)
     slot = tl.load(segments + m * COLUMNS + (2 if REVERSE else 3))
-    if start == end or (slot < 0 and not ENDS):
+    wanted = slot
+    if ENDS:
+        wanted = tl.maximum(slot, tl.load(segments + m * COLUMNS + (4 if REVERSE else 7)))
+    if start == end or wanted < 0:
         return
     rate = tl.load(slopes + h) * LOG2_E
     reach = tl.minimum(VANISHES / tl.maximum(rate, 1e-30), (end - start).to(tl.float32)).to(tl.int32) + 1
@@ -133,16 +141,16 @@ def segment_states(k, v, slopes, segments, slots, ends, heads, stride_kt, stride
     if slot >= 0:
         tl.store(_state(slots, slot, heads, h, D) + place, state)
     elif ENDS:
-        tl.store(_state(ends, tl.load(segments + m * COLUMNS + 4), heads, h, D) + place, state)
+        tl.store(_state(ends, wanted, heads, h, D) + place, state)
 
 
 @triton.jit(do_not_specialize=["segment_length", "tokens"])
-def scan_states(slots, ends, slopes, cu_seqlens, documents, heads, segment_length, tokens,
+def scan_states(slots, ends, slopes, cu_seqlens, documents, rows, heads, segment_length, tokens,
                 D: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr, ENDS: tl.constexpr):  # fmt: skip
     """Turns what each segment adds (segment_states) into the state between segments, from zero, document by document; in place.
 
-    Forward: state behind segment p = what p adds + lam^length(p) state before it; `ends` becomes the document's final state.
-    REVERSE: the same from the last segment to the first; `ends` becomes the gradient of the document's initial state.
+    Forward: state behind segment p = what p adds + lam^length(p) state before it; ends[rows[n]] becomes document n's final state.
+    REVERSE: the same from the last segment to the first; ends[rows[n]] becomes the gradient of document n's initial state.
     AHEAD states are on their way from memory at a time: one after the other, the wait for each would be the kernel's time.
     """
     pid = tl.program_id(0)
@@ -166,12 +174,14 @@ def scan_states(slots, ends, slopes, cu_seqlens, documents, heads, segment_lengt
             tl.store(pointers + j * onward, state, mask=here)
         pointers += AHEAD * onward
     if ENDS:
-        start, end = _bound(cu_seqlens, n, True, tokens), _bound(cu_seqlens, n + 1, True, tokens)
-        last = segment_length if REVERSE else end - start - (count - 1) * segment_length
-        pointers = ends + n * step + h * (D * D) + at
-        if count > 0:
-            state = tl.load(pointers) + state * tl.exp2(-rate * last)
-        tl.store(pointers, state)  # zero for an empty document
+        row = tl.load(rows + n)
+        if row >= 0:
+            start, end = _bound(cu_seqlens, n, True, tokens), _bound(cu_seqlens, n + 1, True, tokens)
+            last = segment_length if REVERSE else end - start - (count - 1) * segment_length
+            pointers = ends + row * step + h * (D * D) + at
+            if count > 0:
+                state = tl.load(pointers) + state * tl.exp2(-rate * last)
+            tl.store(pointers, state)  # zero for an empty document
 
 
 @triton.jit
@@ -186,7 +196,7 @@ def _part(state, row, column, turned, D: tl.constexpr, DK: tl.constexpr, BV: tl.
 
 
 @triton.jit
-def _walk(a, b, c, out, stride_a, stride_b, stride_c, stride_out: tl.constexpr, slots, slot, given, distance, document, turned,
+def _walk(a, b, c, out, stride_a, stride_b, stride_c, stride_out: tl.constexpr, slots, slot, given, distance, row, turned,
           rate, start, end, heads, h, column, D: tl.constexpr, DK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
           REVERSE: tl.constexpr, SLOTS: tl.constexpr, GIVEN: tl.constexpr):  # fmt: skip
     """Columns column .. column + BV - 1 of one segment's result; o, dq, dk and dv are all of this form, X `[D, BV]` the running state:
@@ -194,7 +204,7 @@ def _walk(a, b, c, out, stride_a, stride_b, stride_c, stride_out: tl.constexpr, 
         forward  out_i = sum_{j<=i} (a_i . b_j) lam^(i-j) c_j + lam^(i+1) a_i X      X' = lam^n X + sum_j lam^(n-1-j) b_j^T c_j
         REVERSE  out_i = sum_{j>=i} (a_i . b_j) lam^(j-i) c_j + lam^(n-1-i) a_i X    X' = lam^n X + sum_j lam^(j+1) b_j^T c_j
 
-    X begins as the state in `slot` (SLOTS; none if negative) plus the document's `given` state over `distance` tokens (GIVEN).
+    X begins as the state in `slot` (SLOTS; none if negative) plus row `row` of `given` over `distance` tokens (GIVEN; none if negative).
     `turned`: the states in memory are X's transposes. X is held as D / DK tensors of DK rows: fp32 products keep both factors in registers.
     """
     x = ()
@@ -204,7 +214,8 @@ def _walk(a, b, c, out, stride_a, stride_b, stride_c, stride_out: tl.constexpr, 
             if slot >= 0:
                 x_KV = _part(_state(slots, slot, heads, h, D), s * DK, column, turned, D, DK, BV)
         if GIVEN:
-            x_KV += _power(rate, distance) * _part(_state(given, document, heads, h, D), s * DK, column, turned, D, DK, BV)
+            if row >= 0:
+                x_KV += _power(rate, distance) * _part(_state(given, row, heads, h, D), s * DK, column, turned, D, DK, BV)
         x = x + (x_KV,)
     i = tl.arange(0, C)
     tiles = tl.cdiv(end - start, C)
@@ -244,9 +255,10 @@ def _walk(a, b, c, out, stride_a, stride_b, stride_c, stride_out: tl.constexpr, 
 
 @triton.jit
 def _read(segments, m):
-    """First token, end, slot entering, slot leaving, document, its first token, its end."""
+    """First token, end, slot entering, slot leaving; of its document: row of the state entering, first token, end, row of the leaving."""
     row = segments + m * COLUMNS
-    return tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3), tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    first, end, entering, leaving = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    return first, end, entering, leaving, tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
 
 
 @triton.jit
@@ -255,12 +267,12 @@ def outputs(q, k, v, o, slopes, segments, slots, initial, heads, stride_t, strid
     """o, from the state in each segment's slot and the documents' initial states (INITIAL)."""
     part, pid = tl.program_id(0) % (D // BV), tl.program_id(0) // (D // BV)
     h, m = (pid % heads).to(tl.int64), pid // heads
-    start, end, entering, _, document, opened, _ = _read(segments, m)
+    start, end, entering, _, arrives, opened, _, _ = _read(segments, m)
     if start == end:
         return
     x, column, rate = h * stride_h, part * BV, tl.load(slopes + h) * LOG2_E
     _walk(q + x, k + x, v + x + column, o + h * stride_oh + column, stride_t, stride_t, stride_t, stride_ot,
-          slots, entering, initial, start - opened, document, False,
+          slots, entering, initial, start - opened, arrives, False,
           rate, start, end, heads, h, column, D, DK, BV, C, False, SLOTS, INITIAL)  # fmt: skip
 
 
@@ -272,12 +284,12 @@ def query_gradient(q, k, v, do, dq, slopes, segments, slots, initial, heads,
     """dq, from the states that `outputs` used."""
     part, pid = tl.program_id(0) % (D // BV), tl.program_id(0) // (D // BV)
     h, m = (pid % heads).to(tl.int64), pid // heads
-    start, end, entering, _, document, opened, _ = _read(segments, m)
+    start, end, entering, _, arrives, opened, _, _ = _read(segments, m)
     if start == end:
         return
     x, column, rate = h * stride_h, part * BV, tl.load(slopes + h) * LOG2_E
     _walk(do + h * stride_oh, v + x, k + x + column, dq + h * stride_dh + column, stride_ot, stride_t, stride_t, stride_dt,
-          slots, entering, initial, start - opened, document, True,
+          slots, entering, initial, start - opened, arrives, True,
           rate, start, end, heads, h, column, D, DK, BV, C, False, SLOTS, INITIAL)  # fmt: skip
 
 
@@ -292,7 +304,7 @@ def key_value_gradient(q, k, v, do, dk, dv, slopes, segments, dslots, dfinal, he
     """
     part, pid = tl.program_id(0) % (2 * (D // BV)), tl.program_id(0) // (2 * (D // BV))
     h, m = (pid % heads).to(tl.int64), pid // heads
-    start, end, _, leaving, document, _, closed = _read(segments, m)
+    start, end, _, leaving, _, _, closed, departs = _read(segments, m)
     if start == end:
         return
     x, y, column, rate = h * stride_h, h * stride_oh, (part % (D // BV)) * BV, tl.load(slopes + h) * LOG2_E
@@ -303,5 +315,5 @@ def key_value_gradient(q, k, v, do, dk, dv, slopes, segments, dslots, dfinal, he
         a, b, c, out = v + x, do + y, q + x + column, dk
         stride_b, stride_c = stride_ot, stride_t
     _walk(a, b, c, out + h * stride_dh + column, stride_t, stride_b, stride_c, stride_dt,
-          dslots, leaving, dfinal, closed - end, document, part >= D // BV,
+          dslots, leaving, dfinal, closed - end, departs, part >= D // BV,
           rate, start, end, heads, h, column, D, DK, BV, C, True, SLOTS, FINAL)  # fmt: skip
