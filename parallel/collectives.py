@@ -63,7 +63,8 @@ class Channel:
             return Pending(x[None], x, None, late=self.late)
         self._count(name, x.nbytes * (self.size - 1))
         result = x.new_empty((self.size, *x.shape))
-        return Pending(result, x, lambda: dist.all_gather_into_tensor(result, x, group=self.group, async_op=True), late=self.late)
+        flat = result.flatten(0, 1)  # gloo wants one rank after the other, not stacked
+        return Pending(result, x, lambda: dist.all_gather_into_tensor(flat, x, group=self.group, async_op=True), late=self.late)
 
     def begin_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Pending:
         """Rank r gets `send[r]` rows of `x` (contiguous) from this one, which gets `receive[r]` rows from r; both in rank order."""

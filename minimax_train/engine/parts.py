@@ -1,17 +1,22 @@
 """The model's parameters, made by megatron-core's tensor-parallel layers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region, gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import divide
 from torch import Tensor, nn
 
 from minimax_train.kernels.choice import Backends
-from minimax_train.kernels.cross_entropy import linear_cross_entropy
+from minimax_train.kernels.cross_entropy import Part, linear_cross_entropy
 from minimax_train.model.config import ModelConfig
+from parallel.collectives import Channel, all_sum
 from parallel.groups import Groups
 
 
@@ -32,11 +37,26 @@ class Head(Column):
     fp32 = False
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        if self.sequence_parallel:  # each rank's gradient of the gathered x comes from its rows of the head: their sum goes back
+            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.tp_group)
         if labels is not None:
-            return linear_cross_entropy(x, self.weight, labels, fp32=self.fp32)
-        if self.fp32:
-            return x.float() @ self.weight.float().T
-        return super().forward(x)
+            channel = Channel(self.tp_group)
+            part = Part(rank=channel.rank, ranks=channel.size, gather=lambda t: channel.begin_all_gather(t, "losses").finish())
+            return linear_cross_entropy(x, self.weight, labels, fp32=self.fp32, part=part)
+        w = self.weight.float() if self.fp32 else self.weight
+        logits: Tensor = gather_from_tensor_model_parallel_region(x.to(w.dtype) @ w.T, group=self.tp_group)
+        return logits
+
+
+class Embedding(VocabParallelEmbedding):
+    """VocabParallelEmbedding of a packed row: int64 `[S]` -> this rank's tokens of it `[T, size]`."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if not self.reduce_scatter_embeddings:
+            output: Tensor = super().forward(tokens)
+            return output
+        scattered: Tensor = super().forward(tokens[None])  # it wants [batch, tokens] and gives [tokens / ranks, batch, size]
+        return scattered[:, 0]
 
 
 class Row(RowParallelLinear):
@@ -91,6 +111,41 @@ class MegatronParts:
         dtype: torch.dtype = self.config.params_dtype
         return dtype
 
+    @property
+    def ranks(self) -> int:
+        return self.groups.tensor.size()
+
+    @property
+    def total(self) -> Callable[[Tensor], Tensor] | None:
+        return partial(all_sum, group=self.groups.tensor) if self.ranks > 1 else None
+
+    def sum_over_row(self, x: Tensor) -> Tensor:
+        return all_sum(x, self.groups.tensor_context) if self.groups.tensor_context.size() > 1 else x
+
+    def mine(self, size: int) -> range:
+        rank, part = self.groups.tensor.rank(), divide(size, self.ranks)
+        return range(rank * part, (rank + 1) * part)
+
+    def replicated(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
+        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.device))
+        weight.sequence_parallel = True  # type: ignore[attr-defined]  # its gradient is summed over the group, for each rank saw other tokens
+        return weight
+
+    def sharded(self, size: int, *, dtype: torch.dtype) -> nn.Parameter:
+        weight = nn.Parameter(torch.empty(len(self.mine(size)), dtype=dtype, device=self.device))
+        set_tensor_model_parallel_attributes(weight, True, 0, 1)
+        return weight
+
+    def experts(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
+        """Reduced over groups.expert_data, which has the tensor-parallel ranks in it: they saw other tokens.
+
+        `tensor_model_parallel` although they are whole: the optimizer cuts them over that group, so that the gradient norm must count
+        every rank's range; else it would take tensor rank 0's alone.
+        """
+        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.device))
+        weight.allreduce, weight.tensor_model_parallel = False, True  # type: ignore[attr-defined]
+        return weight
+
     def _common(self) -> dict[str, Any]:
         return {"config": self.config, "init_method": self.config.init_method, "tp_group": self.groups.tensor}
 
@@ -111,6 +166,6 @@ class MegatronParts:
         return head
 
     def embedding(self, rows: int, size: int) -> nn.Module:
-        embedding = VocabParallelEmbedding(rows, size, reduce_scatter_embeddings=self.config.sequence_parallel, **self._common())
+        embedding = Embedding(rows, size, reduce_scatter_embeddings=self.config.sequence_parallel, **self._common())
         set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
         return embedding

@@ -50,7 +50,7 @@ def build_stage(
     parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends)
     decoder = Decoder(config, parts, fp32_head=fp32_head, rope_base=rope_base)
     if seed is not None:
-        initialise(decoder, config, seed)
+        initialise(decoder, config, seed, parts)
     return PipelineStage(megatron, decoder)
 
 

@@ -1,11 +1,15 @@
 """Weights and optimizer state as named, sharded tensors, for megatron-core's dist_checkpointing.
 
-Names are global and say nothing of the layout: `model.NAME` has the parameter's shape; `optimizer.{param,exp_avg,exp_avg_sq}.NAME`
-are fp32 and flat (a distributed optimizer's shard is a range of the flattened parameter, whatever the buckets). megatron-core's own
+Names are global and say nothing of the layout: `model.NAME` is the whole parameter; `optimizer.{param,exp_avg,exp_avg_sq}.NAME` are
+fp32 and of the whole parameter too, flattened, but for the weights that tensor parallelism cuts along their columns (out_proj, o_proj).
+A distributed optimizer's shard is a range of the rank's flattened parameter: in the flattened whole that is a range as well, but not
+where columns are cut; there it is up to three rectangles (the end of a row, whole rows, the beginning of one). megatron-core's own
 optimizer formats are not used: its reshardable one corrupts weights with several padded buckets, its other one follows the buckets.
 """
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -14,6 +18,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from minimax_train.model.decoder import Decoder
+from minimax_train.model.parts import cut_axis
 from parallel.groups import Groups
 
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")
@@ -21,25 +26,57 @@ Sharded = dict[str, ShardedTensor]
 
 
 def model_state(decoder: Decoder, groups: Groups) -> Sharded:
-    """The weights under their global names; replicas over data-parallel ranks are marked so that one of them writes."""
-    replica = groups.data_context.rank()
-    return {
-        f"model.{name}": ShardedTensor.from_rank_offsets(f"model.{name}", parameter.data, replica_id=replica)
-        for name, parameter in decoder.named_parameters()
-    }
+    """The weights under their global names; of the ranks with the same part, one is marked as the one that writes."""
+    state, rank = {}, groups.tensor.rank()
+    for name, parameter in decoder.named_parameters():
+        axis = cut_axis(parameter)
+        cut = [] if axis is None else [(axis, rank, groups.tensor.size())]
+        replica = (rank if axis is None else 0, groups.data_context.rank())
+        state[f"model.{name}"] = ShardedTensor.from_rank_offsets(f"model.{name}", parameter.data, *cut, replica_id=replica)
+    return state
 
 
-def optimizer_state(decoder: Decoder, optimizer: MegatronOptimizer) -> Sharded:
-    """This rank's ranges of fp32 weights and moments; the tensors are the optimizer's own, so that loading fills them in place."""
+def optimizer_state(decoder: Decoder, optimizer: MegatronOptimizer, groups: Groups) -> Sharded:
+    """This rank's part of fp32 weights and moments; the tensors are the optimizer's own, so that loading fills them in place."""
     state = {}
     for name, parameter, shard, start in _shards(decoder, optimizer):
         for kind in MOMENTS:
-            key = f"optimizer.{kind}.{name}"
-            tensor = shard[kind]
-            state[key] = ShardedTensor(
-                key, tensor.detach(), tensor.dtype, tuple(tensor.shape), (parameter.numel(),), (start,), axis_fragmentations=None
-            )
+            key, tensor = f"optimizer.{kind}.{name}", shard[kind].detach()
+            for number, box in enumerate(_boxes(parameter, start, start + len(tensor), groups)):
+                data = tensor[box.first : box.first + math.prod(box.shape)].view(box.shape)
+                state[f"{key}/{number}"] = ShardedTensor(
+                    key, data, data.dtype, box.shape, box.whole, box.offset, axis_fragmentations=None
+                )  # fmt: skip
     return state
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Box:
+    """Consecutive numbers of a shard, and where they lie in the stored whole."""
+
+    first: int
+    """Their place in the shard."""
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
+def _boxes(parameter: Tensor, start: int, end: int, groups: Groups) -> Iterator[_Box]:
+    """The range [start, end) of a rank's flattened parameter as boxes of the whole parameter."""
+    axis, rank, ranks = cut_axis(parameter), groups.tensor.rank(), groups.tensor.size()
+    if axis in (None, 0):
+        pieces = 1 if axis is None else ranks
+        offset = 0 if axis is None else rank * parameter.numel()
+        yield _Box(first=0, shape=(end - start,), offset=(offset + start,), whole=(pieces * parameter.numel(),))
+        return
+    rows, columns = parameter.shape
+    at = start
+    while at < end:
+        row, column = divmod(at, columns)
+        whole_rows = 0 if column else (end - at) // columns
+        shape = (whole_rows, columns) if whole_rows else (1, min(columns - column, end - at))
+        yield _Box(first=at - start, shape=shape, offset=(row, rank * columns + column), whole=(rows, ranks * columns))
+        at += shape[0] * shape[1]
 
 
 def prepare_optimizer(optimizer: MegatronOptimizer) -> None:

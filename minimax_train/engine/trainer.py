@@ -94,13 +94,19 @@ class Trainer:
         return reports
 
     def _summarise(self, reports: list[dict[str, Tensor]], grad_norm: float) -> StepReport:
-        """Sums over rows and ranks: one small collective a step."""
-        counts = torch.stack([r["tokens_per_expert"] for r in reports]).sum(0).double()
-        names = ("loss", "predicted", "auxiliary", "squares", "rows")
-        scalars = torch.stack([torch.stack([r[name].double() for name in names]) for r in reports]).sum(0)
-        total = all_sum(torch.cat([scalars, counts.flatten()]), self.session.groups.data_context).cpu()
-        loss, predicted, auxiliary, squares, rows = total[: len(names)].tolist()
-        share = total[len(names) :].view(counts.shape)
+        """Sums over rows and ranks: one small collective a step, in which every figure is counted once.
+
+        Each rank of a row has a share of the auxiliary loss; tensor-parallel ranks have the same losses; and what is said of the whole
+        row is the same on all of its ranks.
+        """
+        groups = self.session.groups
+        ours, rows_ours = float(groups.tensor.rank() == 0), float(groups.tensor_context.rank() == 0)
+        once = {"loss": ours, "predicted": ours, "auxiliary": 1.0, "squares": rows_ours, "rows": rows_ours}
+        counts = torch.stack([r["tokens_per_expert"] for r in reports]).sum(0).double() * rows_ours
+        scalars = torch.stack([torch.stack([r[name].double() * weight for name, weight in once.items()]) for r in reports]).sum(0)
+        total = all_sum(torch.cat([scalars, counts.flatten()]), groups.world).cpu()
+        loss, predicted, auxiliary, squares, rows = total[: len(once)].tolist()
+        share = total[len(once) :].view(counts.shape)
         return StepReport(
             loss=loss / max(predicted, 1.0),
             predicted_tokens=int(predicted),

@@ -9,12 +9,13 @@ from torch import Tensor
 BLOCK, WARPS = 4096, 8
 LOWEST = tl.constexpr(-3.4e38)  # fp32; not -inf, of which differences are no numbers
 IGNORED = tl.constexpr(-100)
+ELSEWHERE = tl.constexpr(-200)  # cross_entropy.ELSEWHERE
 
 
 @triton.jit
 def losses(logits, labels, loss, normaliser, size, stride, BLOCK: tl.constexpr):
-    """loss = log sum exp - logit of the label, 0 for an ignored one, NaN for one outside the vocabulary; normaliser = log sum exp, by a
-    running maximum."""
+    """loss = log sum exp - logit of the label, 0 for an ignored one or one elsewhere, NaN for one outside the vocabulary; normaliser = log
+    sum exp, by a running maximum."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     logits += row * stride
@@ -29,12 +30,12 @@ def losses(logits, labels, loss, normaliser, size, stride, BLOCK: tl.constexpr):
     log_total = tl.log(total)
     chosen = tl.load(logits + label, mask=(label >= 0) & (label < size), other=float("nan")).to(tl.float32)
     tl.store(normaliser + row, most + log_total)
-    tl.store(loss + row, tl.where(label == IGNORED, 0.0, most - chosen + log_total))
+    tl.store(loss + row, tl.where((label == IGNORED) | (label == ELSEWHERE), 0.0, most - chosen + log_total))
 
 
 @triton.jit
 def to_gradients(logits, labels, normaliser, scales, size, stride, BLOCK: tl.constexpr):
-    """logits <- scale (softmax - onehot(label)), 0 for an ignored label; a program a row and block."""
+    """logits <- scale (softmax - onehot(label)), 0 for an ignored label, no one for one elsewhere; a program a row and block."""
     row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     label, scale = tl.load(labels + row), tl.load(scales + row).to(tl.float32)
     logits += row * stride
@@ -44,7 +45,7 @@ def to_gradients(logits, labels, normaliser, scales, size, stride, BLOCK: tl.con
 
 
 def cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, log sum exp), each `[T]` fp32. Logits bf16, fp16 or fp32 with contiguous rows; labels int64, -100 is ignored."""
+    """(loss, log sum exp), each `[T]` fp32. Logits bf16, fp16 or fp32 with contiguous rows; labels int64, -100 ignored, -200 elsewhere."""
     (rows, size), labels_T = logits_TV.shape, labels_T.contiguous()
     loss, normaliser = (logits_TV.new_empty(rows, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(logits_TV):

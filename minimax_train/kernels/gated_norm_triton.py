@@ -11,6 +11,7 @@ Program p takes rows p, p + programs, ... and works on one in registers while th
 Legend: T tokens, C channels of all shards; x, gate, dy are `[T, C]` or a shard of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -165,22 +166,29 @@ def gradients(
     return dx, dgate, parts.sum(0).to(weight.dtype)
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x and gate `[T, C]` of one dtype of bf16, fp16, fp32, weight `[C]`; returns `[T, C]` in that dtype. Differentiable."""
-    y: Tensor = _GatedNorm.apply(x, gate, weight, eps)
+def gated_rms_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, *, total: Callable[[Tensor], Tensor] | None = None, channels: int | None = None
+) -> Tensor:
+    """x and gate `[T, C]` of one dtype of bf16, fp16, fp32, weight `[C]`; returns `[T, C]` in that dtype. Differentiable.
+
+    With `total`, C are this rank's of `channels` channels; it sums `[T]` fp32 over the ranks.
+    """
+    y: Tensor = _GatedNorm.apply(x, gate, weight, eps, total, x.shape[1] if channels is None else channels)
     return y
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, squares = normalise(x, gate, weight, None, x.shape[1], eps)
+    def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, eps: float, total: Any, channels: int) -> Tensor:
+        y, squares = normalise(x, gate, weight, None if total is None else total(sum_of_squares(x)), channels, eps)
         ctx.save_for_backward(x, gate, weight, squares)
-        ctx.eps = eps
+        ctx.eps, ctx.total, ctx.channels = eps, total, channels
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         x, gate, weight, squares = ctx.saved_tensors
-        return *gradients(x, gate, weight, dy, squares, None, x.shape[1], ctx.eps), None
+        rest = (ctx.channels, ctx.eps)
+        dots = None if ctx.total is None else ctx.total(row_dot(x, gate, weight, dy, squares, *rest))
+        return *gradients(x, gate, weight, dy, squares, dots, *rest), None, None, None

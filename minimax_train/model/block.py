@@ -38,8 +38,8 @@ class Block(nn.Module):
         self.alpha = config.alpha_lightning if kind == "lightning" else config.alpha_softmax
         self.beta = config.beta_lightning if kind == "lightning" else config.beta_softmax
         self.alpha_experts, self.beta_experts = config.alpha_experts, config.beta_experts
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
-        self.experts_norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, parts)
+        self.experts_norm = RMSNorm(config.hidden_size, config.norm_eps, parts)
         self.experts = Experts(config, parts)
 
     def forward(self, x_TC: Tensor, documents: Documents) -> tuple[Tensor, Routing]:

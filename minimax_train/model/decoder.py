@@ -59,7 +59,7 @@ class Decoder(nn.Module):
             self.embedding = parts.embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})  # keyed by the global layer number
         if layers.stop == config.num_layers:
-            self.norm = RMSNorm(config.hidden_size, config.norm_eps, parts.dtype, parts.device)
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, parts)
             self.head = parts.head(config.hidden_size, config.vocab_size, fp32=fp32_head)
 
     def documents(self, row: Row) -> Documents:

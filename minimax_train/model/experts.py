@@ -17,12 +17,14 @@ from minimax_train.model.parts import Parts
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """What one layer's router did with the tokens of one packed row."""
+    """What one layer's router did with the tokens of one packed row, of which this rank has a part."""
 
     auxiliary_loss: Tensor
-    """Scalar fp32, differentiable; 1 when balanced."""
+    """Scalar fp32, differentiable: this rank's share. The shares of all ranks of the row add up to the row's, which is 1 when balanced."""
     tokens_per_expert: Tensor
-    """`[experts]` int64: (token, choice) pairs sent to each expert."""
+    """`[experts]` int64: (token, choice) pairs of the whole row sent to each expert; the same on all ranks of the row."""
+    here: Tensor
+    """`[experts]` int64: those of this rank's tokens."""
 
 
 class _Permute(torch.autograd.Function):
@@ -44,18 +46,24 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
-        self.experts_per_token = config.experts_per_token
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32, device=parts.device))
+        self.experts_per_token, self.sum_over_row = config.experts_per_token, parts.sum_over_row
+        self.weight = parts.replicated(config.num_experts, config.hidden_size, dtype=torch.float32)
 
     def forward(self, x_TC: Tensor) -> tuple[Tensor, Tensor, Routing]:
-        """`[T, hidden]` -> weights `[T, k]` fp32 summing to 1, experts `[T, k]` int64, and the row's routing."""
+        """`[T, hidden]` -> weights `[T, k]` fp32 summing to 1, experts `[T, k]` int64, and the row's routing.
+
+        One small sum over the ranks of the row: the auxiliary loss is the whole row's, whatever the layout.
+        """
         probability_TE = F.linear(x_TC.to(self.weight.dtype), self.weight).softmax(dim=-1)
         chosen, expert = probability_TE.topk(self.experts_per_token, dim=-1)
         experts = self.weight.shape[0]
-        counts = torch.bincount(expert.flatten(), minlength=experts)
+        here = torch.bincount(expert.flatten(), minlength=experts)
+        counts = self.sum_over_row(here)
+        choices = counts.sum()
         # experts * sum_e f_e * m_e, f the fraction of choices and m the mean probability (Switch, arXiv 2101.03961 eq. 4)
-        auxiliary = experts * (counts / expert.numel() * probability_TE.mean(dim=0)).sum()
-        return chosen / chosen.sum(dim=-1, keepdim=True), expert, Routing(auxiliary_loss=auxiliary, tokens_per_expert=counts)
+        mean = probability_TE.sum(dim=0) * (self.experts_per_token / choices)
+        routing = Routing(auxiliary_loss=experts * (counts / choices * mean).sum(), tokens_per_expert=counts, here=here)
+        return chosen / chosen.sum(dim=-1, keepdim=True), expert, routing
 
 
 class Experts(nn.Module):
@@ -65,8 +73,8 @@ class Experts(nn.Module):
         super().__init__()
         self.router = Router(config, parts)
         count, hidden, ffn = config.num_experts, config.hidden_size, config.expert_ffn_size
-        self.gate_up = nn.Parameter(torch.empty(count, 2 * ffn, hidden, dtype=parts.dtype, device=parts.device))
-        self.down = nn.Parameter(torch.empty(count, hidden, ffn, dtype=parts.dtype, device=parts.device))
+        self.gate_up = parts.experts(count, 2 * ffn, hidden, dtype=parts.dtype)
+        self.down = parts.experts(count, hidden, ffn, dtype=parts.dtype)
 
     def forward(self, x_TC: Tensor) -> tuple[Tensor, Routing]:
         """`[T, hidden]` -> `[T, hidden]`, every choice computed (dropless)."""
@@ -75,7 +83,7 @@ class Experts(nn.Module):
         order = expert_TK.flatten().argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows = _Permute.apply(x_TC.repeat_interleave(choices, dim=0), order, inverse)
-        rows = _Permute.apply(self.compute(rows, routing.tokens_per_expert.tolist()), inverse, order)
+        rows = _Permute.apply(self.compute(rows, routing.here.tolist()), inverse, order)
         y_TC = (rows.view(*expert_TK.shape, -1) * weight_TK[..., None].to(rows.dtype)).sum(dim=1)
         return y_TC, routing
 

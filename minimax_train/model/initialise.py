@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.model.config import ModelConfig, deepnorm_beta
+from minimax_train.model.parts import Parts, cut_axis
 
 
 def _draw(shape: tuple[int, int], gain: float, seed: int, name: str) -> Tensor:
@@ -39,7 +40,13 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills every parameter of an unsharded model in place."""
+def initialise(module: nn.Module, config: ModelConfig, seed: int, parts: Parts) -> None:
+    """Fills every parameter in place: it is drawn whole, and this rank keeps its part."""
     for name, parameter in module.named_parameters():
-        parameter.copy_(initial_weight(name, tuple(parameter.shape), config, seed))
+        shape, axis = list(parameter.shape), cut_axis(parameter)
+        if axis is None:
+            parameter.copy_(initial_weight(name, tuple(shape), config, seed))
+            continue
+        shape[axis] *= parts.ranks
+        mine = parts.mine(shape[axis])
+        parameter.copy_(initial_weight(name, tuple(shape), config, seed).narrow(axis, mine.start, len(mine)))

@@ -35,14 +35,15 @@ class LightningAttention(nn.Module):
         self.head_dim = config.head_dim
         self.qkv_proj = parts.column(config.hidden_size, 3 * width)
         self.output_gate = parts.column(config.hidden_size, width)
-        self.norm = GatedRMSNorm(width, config.lightning_norm_eps, parts.dtype, parts.device)
+        self.norm = GatedRMSNorm(width, config.lightning_norm_eps, parts)
         self.out_proj = parts.row(width, config.hidden_size)
         self.backend = parts.backends.lightning
-        self.slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers).to(parts.device)
+        heads = parts.mine(config.num_attention_heads)
+        self.slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers)[heads.start : heads.stop].to(parts.device)
 
     def forward(self, x_TC: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`[T, hidden]` -> `[T, hidden]`; the state starts from zero at every document of `cu_seqlens` `[documents + 1]`."""
-        tokens = x_TC.shape[0]
-        qkv = self.qkv_proj(x_TC).view(1, tokens, -1, 3, self.head_dim)
+        qkv = self.qkv_proj(x_TC)
+        qkv = qkv.view(1, len(qkv), -1, 3, self.head_dim)
         o = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.out_proj(self.norm(o.reshape(tokens, -1), self.output_gate(x_TC)))
+        return self.out_proj(self.norm(o.flatten(2)[0], self.output_gate(x_TC)))

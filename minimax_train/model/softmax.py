@@ -21,8 +21,8 @@ class SoftmaxAttention(nn.Module):
         self.backend = parts.backends.softmax
         self.attend = causal_attention(
             self.backend,
-            heads=config.num_attention_heads,
-            key_value_heads=config.num_key_value_heads,
+            heads=len(parts.mine(config.num_attention_heads)),
+            key_value_heads=len(parts.mine(config.num_key_value_heads)),
             head_size=config.head_dim,
             device=parts.device,
             dtype=parts.dtype,
@@ -30,7 +30,6 @@ class SoftmaxAttention(nn.Module):
 
     def forward(self, x_TC: Tensor, turn: tuple[Tensor, Tensor], cu_seqlens: Tensor, bounds: list[int]) -> Tensor:
         """`[T, hidden]` -> `[T, hidden]`; `turn` is rope.rotation at the tokens' positions, `bounds` is cu_seqlens on the host."""
-        tokens = x_TC.shape[0]
-        q, k, v = (project(x_TC).view(tokens, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (project(x_TC).unflatten(1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         o = self.attend(rotate(q, *turn), rotate(k, *turn), v, cu_seqlens, bounds)
-        return self.o_proj(o.reshape(tokens, -1))
+        return self.o_proj(o.flatten(1))

@@ -148,7 +148,12 @@ class _Run:
             data_fingerprint=self.train_data.fingerprint,
             stage_end=ended,
         )
-        save(final, model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer), record, self.session.groups)
+        save(
+            final,
+            model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer, self.session.groups),
+            record,
+            self.session.groups,
+        )
         if self.session.is_first:
             prune(self.folder.checkpoints, self.plan.checkpoints.keep)
 

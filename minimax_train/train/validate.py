@@ -1,5 +1,6 @@
 """Loss on held-out documents, over all ranks."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +42,10 @@ def score(decoder: Decoder, rows: list[Row], session: Session) -> Score:
     config = decoder.config
     counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64, device=session.device)
     sums = torch.zeros(2, dtype=torch.float64, device=session.device)
-    data = session.groups.data
+    data, layout = session.groups.data, session.groups.layout
+    multiple = math.lcm(layout.pieces, layout.context * layout.tensor)
     for row in rows[data.rank() :: data.size()]:
-        losses, routings = decoder(to_row(row, session.device))
+        losses, routings = decoder(to_row(row, session.device, multiple))
         sums += torch.stack([losses.double().sum(), sums.new_tensor(float((row.labels >= 0).sum()))])
         counts += torch.stack([r.tokens_per_expert for r in routings])
     total = all_sum(torch.cat([sums, counts.flatten()]), session.groups.data_context).cpu()
