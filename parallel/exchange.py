@@ -202,7 +202,7 @@ def mean_states_sent(kind: str, ranks: int, slow_share: float) -> float:
 
 
 def choose(kind: str, slopes_H: Sequence[float], length: int, ranks: int, *, cut: float = UNDERFLOW) -> tuple[str, tuple[int, ...]]:
-    """(the exchange, its slow heads) for pieces of `length` tokens; "auto" is the one that sends least, at a tie the one in fewer steps.
+    """(the exchange, its slow heads) for pieces of `length` tokens; "auto" is the one that sends least.
 
     A head is slow where s * length < `cut`: at the default what is left out is 0.0 in fp32.
     """
