@@ -14,7 +14,7 @@ Transformer Engine. On a GPU tests/kernels/test_softmax_attention.py compares th
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -35,7 +35,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, list[int]], Tensor]
 
 def best_softmax_backend(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """The first of BACKENDS that nothing hinders here; sdpa on a CPU and in fp32."""
-    return next(name for name in BACKENDS if _hindrance(name, device, dtype, head_size) is None)
+    return next(name for name in BACKENDS if hindrance(name, device, dtype, head_size) is None)
 
 
 def causal_attention(backend: str, *, heads: int, key_value_heads: int, head_size: int, device: torch.device, dtype: torch.dtype) -> Attend:
@@ -45,18 +45,18 @@ def causal_attention(backend: str, *, heads: int, key_value_heads: int, head_siz
     """
     if backend not in BACKENDS:
         raise ValueError(f"softmax backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    hindrance = _hindrance(backend, device, dtype, head_size)
-    if hindrance is not None:
-        others = ", ".join(name for name in BACKENDS if _hindrance(name, device, dtype, head_size) is None)
-        raise ValueError(f"softmax backend {backend!r} {hindrance}; choose one of {others}")
+    reason = hindrance(backend, device, dtype, head_size)
+    if reason is not None:
+        others = ", ".join(name for name in BACKENDS if hindrance(name, device, dtype, head_size) is None)
+        raise ValueError(f"softmax backend {backend!r} {reason}; choose one of {others}")
     if backend == "flash":
-        return _flash(_module("flash", device))
+        return _flash(installed_module("flash", device))
     if backend == "te":
         return _transformer_engine(heads, key_value_heads, head_size)
     return _varlen() if backend == "varlen" else _sdpa
 
 
-def _hindrance(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
+def hindrance(backend: str, device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """Why `backend` cannot run here, None if it can."""
     if backend == "sdpa":
         return None
@@ -66,10 +66,10 @@ def _hindrance(backend: str, device: torch.device, dtype: torch.dtype, head_size
         return f"takes head sizes that are a multiple of 8 up to {LARGEST_HEAD[backend]}, not {head_size}"
     if torch.cuda.get_device_capability(device)[0] < CAPABILITY[backend]:
         return f"needs a GPU of compute capability {CAPABILITY[backend]}.0 or later"
-    return None if _module(backend, device) else "is not installed here"
+    return None if installed_module(backend, device) else "is not installed here"
 
 
-def _module(backend: str, device: torch.device) -> str:
+def installed_module(backend: str, device: torch.device) -> str:
     """Name of the installed module that has the backend, "" if there is none. Nothing of it is imported."""
     names = {"flash": ["flash_attn"], "te": ["transformer_engine"], "varlen": ["torch.nn.attention.varlen"]}[backend]
     if backend == "flash" and torch.cuda.get_device_capability(device)[0] == 9:
@@ -77,7 +77,7 @@ def _module(backend: str, device: torch.device) -> str:
     return next((name for name in names if importlib.util.find_spec(name)), "")
 
 
-def _longest(bounds: list[int]) -> int:
+def longest_document(bounds: Sequence[int]) -> int:
     """Tokens of the longest document, from the host's numbers: asking the device would make it wait."""
     return max((stop - start for start, stop in pairwise(bounds)), default=0)
 
@@ -99,7 +99,7 @@ def _varlen() -> Attend:
         options: dict[str, Any] = {"enable_gqa": True} if grouped else {}
         if not grouped:
             k_TGD, v_TGD = (x.repeat_interleave(q_THD.shape[1] // x.shape[1], 1) for x in (k_TGD, v_TGD))
-        longest = _longest(bounds)
+        longest = longest_document(bounds)
         o = varlen_attn(q_THD, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), **options)  # causal
         assert isinstance(o, Tensor)
         return o
@@ -111,7 +111,7 @@ def _flash(module: str) -> Attend:
     function = importlib.import_module(module).flash_attn_varlen_func  # here, so that a broken build is seen before the first step
 
     def attend(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Tensor, bounds: list[int]) -> Tensor:
-        longest = _longest(bounds)
+        longest = longest_document(bounds)
         out = function(q_THD, k_TGD, v_TGD, cu_seqlens, cu_seqlens, longest, longest, causal=True)
         o: Tensor = out[0] if isinstance(out, tuple) else out  # some versions of FlashAttention-3 return the log-sum-exp too
         return o
@@ -127,7 +127,7 @@ def _transformer_engine(heads: int, key_value_heads: int, head_size: int) -> Att
     )
 
     def attend(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, cu_seqlens: Tensor, bounds: list[int]) -> Tensor:
-        longest = _longest(bounds)
+        longest = longest_document(bounds)
         o: Tensor = module(
             q_THD, k_TGD, v_TGD, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=longest, max_seqlen_kv=longest
         )
