@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,6 +165,20 @@ def test_cut_row_is_the_whole_row(name: str, backend: str, dtype: torch.dtype, t
     agree(case, by_steps(case, qkv, do, steps, local), truth(case, qkv, do), tolerance)
 
 
+@settings(max_examples=25, deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6).filter(any), ranks=st.integers(1, 3), data=st.data())
+def test_any_zigzag(lengths: list[int], ranks: int, data: st.DataObject) -> None:
+    """Two runs a rank, empty ones too, cut anywhere."""
+    cuts = data.draw(st.lists(st.integers(0, sum(lengths)), min_size=2 * ranks - 1, max_size=2 * ranks - 1))
+    runs = list(itertools.pairwise([0, *sorted(cuts), sum(lengths)]))
+    case = Case(lengths=lengths, ranks=[[runs[r], runs[-1 - r]] for r in range(ranks)])
+    qkv, do = problem(case, 4, torch.float64)
+    local = [local_documents(case, runs, "cpu") for runs in case.ranks]
+    steps = [make_steps(case, documents, "cpu", do) for documents in local]
+    for ours, theirs in zip(by_steps(case, qkv, do, steps, local), truth(case, qkv, do), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # slope 30: what a mask then leaves out
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("length", [48, None], ids=["segments", "single pass"])
@@ -200,7 +216,7 @@ def test_skipped_tokens_weigh_nothing(slope: float, dtype: torch.dtype) -> None:
     """The first token that the CPU's end states leave out has weight 0.0, and not many that they read have."""
     from minimax_train.kernels.lightning_cpu import reach
 
-    slopes, tokens = torch.tensor([30.0, slope]), 100_000
+    slopes, tokens = torch.tensor([30.0, slope]), 1_000_000
     n = reach(slopes, dtype, tokens)
     weights = torch.exp(-slopes[1].to(dtype) * torch.tensor([n, 0.95 * n], dtype=dtype))
     assert n == tokens if slope < 1e-3 else weights[0] == 0 < weights[1]
