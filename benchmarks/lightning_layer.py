@@ -24,6 +24,7 @@ from minimax_train.engine.session import Session, session
 from minimax_train.kernels.choice import best_backends
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.lightning import LightningAttention
+from minimax_train.model.row import Documents, Row
 
 LENGTHS = (1024, 4096, 16_384, 65_536)
 WANTED = {("fp32", 4096): 1.2, ("fp32", 16_384): 2.0, ("fp32", 65_536): 6.0}
@@ -57,12 +58,17 @@ def layers(precision: str, joined: Session) -> tuple[LightningAttention, torch.n
     return ours, theirs
 
 
+def one_document(tokens: int) -> Documents:
+    """A row of one document; no angles, which lightning layers do not use."""
+    return Documents.of(Row.of_documents([torch.zeros(tokens, dtype=torch.int64)]), (torch.empty(0), torch.empty(0)))
+
+
 def agree(precision: str, joined: Session) -> float:
     """Relative error between the two layers, fp32 or bf16, over 600 tokens."""
     ours, theirs = layers(precision, joined)
     x = torch.randn(600, 512, generator=torch.Generator().manual_seed(1)).to(DTYPES[precision])
     with torch.no_grad():
-        a, b = ours(x, torch.tensor([0, 600])), theirs(x[None], None, None)[0][0]
+        a, b = ours(x, one_document(600)), theirs(x[None], None, None)[0][0]
     return float((a - b).float().norm() / b.float().norm())
 
 
@@ -71,16 +77,16 @@ def row(precision: str, length: int, joined: Session) -> dict[str, Any]:
     ours, theirs = layers(precision, joined)
     x = torch.randn(length, 512, generator=torch.Generator().manual_seed(2)).to(DTYPES[precision]).requires_grad_()
     upstream = torch.ones(length, 512, dtype=x.dtype)
-    cu_seqlens = torch.tensor([0, length])
+    documents = one_document(length)
 
     def run_ours() -> None:
-        ours(x, cu_seqlens).backward(upstream)
+        ours(x, documents).backward(upstream)
 
     def run_theirs() -> None:
         theirs(x[None], None, None)[0].backward(upstream[None])
 
     def backward_alone() -> float:
-        y = ours(x, cu_seqlens)
+        y = ours(x, documents)
         return cpu_seconds(lambda: y.backward(upstream))
 
     compared = compare(run_ours, run_theirs, repeats=repeats(length), warm_up=0 if length > 20_000 else 1)

@@ -19,7 +19,7 @@ from transformers import MiniMaxConfig, MiniMaxForCausalLM
 from minimax_train.convert.config import write_config
 from minimax_train.engine.session import Session, session
 from minimax_train.engine.trainer import Trainer
-from minimax_train.model.decoder import Row
+from minimax_train.model.row import Row
 from minimax_train.recipe import load_plan
 
 LENGTHS = (2048, 8192, 32_768)
@@ -28,8 +28,7 @@ LENGTHS = (2048, 8192, 32_768)
 def measure_length(length: int, joined: Session) -> dict[str, Any]:
     plan = load_plan("recipes.tiny:stdlib")
     ids = torch.randint(0, plan.model.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(0))
-    packed = Row.of_documents([ids[:-1]])
-    row = Row(tokens=packed.tokens, positions=packed.positions, cu_seqlens=packed.cu_seqlens, labels=ids[1:])
+    row = Row.of_documents([ids[:-1]]).with_labels(ids[1:])
     trainer = Trainer(plan, joined)
     raw = write_config(plan.model, 1e4, "minimax", "float32", 65_536) | {"output_router_logits": True}
     config = MiniMaxConfig(**{k: v for k, v in raw.items() if k != "model_type"}, attn_implementation="sdpa")

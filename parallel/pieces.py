@@ -9,6 +9,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class Pieces:
 
     def __post_init__(self) -> None:
         bounds, pieces = self.bounds, len(self.owners)
-        if not bounds or bounds[0] != 0 or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        if not bounds or bounds[0] != 0 or any(b < a for a, b in pairwise(bounds)):
             shown = list(bounds) if len(bounds) <= 8 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}] ({len(bounds)} numbers)"
             raise ValueError(f"cu_seqlens is {shown}; it must begin with 0 and never fall")
         if bounds[-1] == 0 or bounds[-1] % pieces:
@@ -122,6 +123,11 @@ class Pieces:
             if self.end(run.stop - 1) > run.stop:
                 leaves[slot[run.last]] = len(bounds) - 2
         return Local(bounds=tuple(bounds), enters=tuple(enters), leaves=tuple(leaves))
+
+    @property
+    def squares(self) -> int:
+        """Sum of the documents' squared lengths: what causal attention costs."""
+        return sum((end - begin) ** 2 for begin, end in pairwise(self.bounds))
 
     def work(self) -> list[int]:
         """(query, key) pairs of causal attention inside documents, for each piece's queries."""

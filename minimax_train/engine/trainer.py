@@ -13,8 +13,9 @@ from torch import Tensor
 
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import PipelineStage, bare, build_stage
-from minimax_train.model.decoder import Decoder, Row
+from minimax_train.model.decoder import Decoder
 from minimax_train.model.experts import Routing
+from minimax_train.model.row import Row
 from minimax_train.plan import Plan
 from parallel.collectives import all_sum
 
@@ -138,18 +139,18 @@ def _optimizer_config(plan: Plan) -> OptimizerConfig:
 def _forward_step(rows: Iterator[Row], model: PipelineStage, *, coefficient: float) -> tuple[Tensor, Any]:
     """One row forward. The loss is a sum over predicted tokens: megatron-core divides by their global number.
 
-    The auxiliary loss is taken per row, the unit that no layout changes, and weighs as much as the row's tokens.
+    The auxiliary loss is taken per row, the unit that no layout changes, and weighs as much as the row's tokens; here is a share of it.
     """
     row = next(rows)
     assert row.labels is not None
     losses, routings = model(row)
-    predicted = (row.labels >= 0).sum()
+    predicted = (row.labels >= 0).sum()  # on this rank
     auxiliary = _mean_auxiliary(routings)
-    total = losses.sum() + coefficient * len(routings) * auxiliary * predicted
+    total = losses.sum() + coefficient * len(routings) * auxiliary * row.predicted
     report = {
         "loss": losses.detach().sum(),
         "predicted": predicted,
-        "squares": (row.cu_seqlens.diff().double() ** 2).sum(),
+        "squares": predicted.new_tensor(row.pieces.squares),
         "rows": predicted.new_ones(()),
         "auxiliary": auxiliary.detach(),
         "tokens_per_expert": torch.stack([r.tokens_per_expert for r in routings]),

@@ -12,7 +12,8 @@ from minimax_train.checkpoint.shelf import verified_record
 from minimax_train.checkpoint.store import load_weights
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import bare, build_stage
-from minimax_train.model.decoder import Decoder, Row
+from minimax_train.model.decoder import Decoder
+from minimax_train.model.row import Row
 from minimax_train.plan import Precision
 
 

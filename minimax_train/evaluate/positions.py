@@ -16,7 +16,8 @@ from data.dataset import TokenDataset
 from minimax_train.checkpoint.shelf import folder_of
 from minimax_train.engine.session import Session
 from minimax_train.evaluate.logits import load_decoder
-from minimax_train.model.decoder import Decoder, Row
+from minimax_train.model.decoder import Decoder
+from minimax_train.model.row import Row
 from minimax_train.plan import Plan, Stage
 from minimax_train.train.folder import RunFolder, replace_text
 
@@ -104,8 +105,7 @@ def _long_documents(dataset: TokenDataset, previous: Stage, stage: Stage) -> lis
     for document in range(dataset.documents):
         tokens = torch.from_numpy(dataset.tokens(document, 0, stage.length + 1))
         if len(tokens) > previous.length + 1:
-            row = Row.of_documents([tokens[:-1]])
-            rows.append(Row(tokens=row.tokens, positions=row.positions, cu_seqlens=row.cu_seqlens, labels=tokens[1:]))
+            rows.append(Row.of_documents([tokens[:-1]]).with_labels(tokens[1:]))
     if not rows:
         raise ValueError(f"{dataset.prefix} has no document longer than {previous.length} tokens to judge stage {stage.name!r} by")
     return rows

@@ -4,8 +4,6 @@ h = RMS(x);  x = alpha * h + beta * Mixer(h)
 h = RMS(x);  x = alpha * h + beta * Experts(h)
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 
 from minimax_train.model.config import ModelConfig
@@ -13,19 +11,8 @@ from minimax_train.model.experts import Experts, Routing
 from minimax_train.model.lightning import LightningAttention
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
+from minimax_train.model.row import Documents
 from minimax_train.model.softmax import SoftmaxAttention
-
-
-@dataclass(frozen=True, kw_only=True)
-class Documents:
-    """Where the documents of a packed row are: the same facts for every layer, derived once per row."""
-
-    cu_seqlens: Tensor
-    """`[documents + 1]` int32: document i is tokens cu_seqlens[i] to cu_seqlens[i+1]."""
-    boundaries: list[int]
-    """The same on the host."""
-    turn: tuple[Tensor, Tensor]
-    """Rotary (cos, sin) at each token's position in its document."""
 
 
 class Block(nn.Module):
@@ -45,10 +32,6 @@ class Block(nn.Module):
     def forward(self, x_TC: Tensor, documents: Documents) -> tuple[Tensor, Routing]:
         """`[T, hidden]` -> `[T, hidden]`."""
         h = self.attention_norm(x_TC)
-        if isinstance(self.attention, LightningAttention):
-            mixed = self.attention(h, documents.cu_seqlens)
-        else:
-            mixed = self.attention(h, documents.turn, documents.cu_seqlens, documents.boundaries)
-        h = self.experts_norm(self.alpha * h + self.beta * mixed)
+        h = self.experts_norm(self.alpha * h + self.beta * self.attention(h, documents))
         y, routing = self.experts(h)
         return self.alpha_experts * h + self.beta_experts * y, routing

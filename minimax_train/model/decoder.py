@@ -1,49 +1,17 @@
 """The whole model, or the layers of one pipeline stage: embedding, blocks, final norm, head.
 
-Input is one packed row: tokens of several documents end to end, `cu_seqlens` the only truth about where a document starts.
+Input is one packed row, or what a context rank holds of it.
 """
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor, nn
 
-from minimax_train.model.block import Block, Documents
+from minimax_train.model.block import Block
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.experts import Routing
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
 from minimax_train.model.rope import rotation
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One packed row of T tokens, on the model's device."""
-
-    tokens: Tensor
-    """`[T]` int64."""
-    positions: Tensor
-    """`[T]` int64, from 0 in every document."""
-    cu_seqlens: Tensor
-    """`[documents + 1]` int32, from 0 to T."""
-    labels: Tensor | None = None
-    """`[T]` int64: the token that follows inside the document, or -100 where none does."""
-
-    @classmethod
-    def of_documents(cls, documents: list[Tensor]) -> "Row":
-        """Packs whole documents (int64 `[n]` each, on the host) into one row, without labels."""
-        lengths = torch.tensor([0] + [len(d) for d in documents])
-        positions = torch.cat([torch.arange(len(d)) for d in documents])
-        return cls(tokens=torch.cat(documents), positions=positions, cu_seqlens=lengths.cumsum(0).to(torch.int32))
-
-    def to(self, device: torch.device) -> "Row":
-        """The same row on another device."""
-        return Row(
-            tokens=self.tokens.to(device),
-            positions=self.positions.to(device),
-            cu_seqlens=self.cu_seqlens.to(device),
-            labels=None if self.labels is None else self.labels.to(device),
-        )
+from minimax_train.model.row import Documents, Row
 
 
 class Decoder(nn.Module):
@@ -64,8 +32,7 @@ class Decoder(nn.Module):
 
     def documents(self, row: Row) -> Documents:
         """The row's borders and rotary angles, derived once for all layers."""
-        turn = rotation(row.positions, self.config.rotary_dim, self.rope_base)
-        return Documents(cu_seqlens=row.cu_seqlens, boundaries=row.cu_seqlens.tolist(), turn=turn)
+        return Documents.of(row, rotation(row.positions, self.config.rotary_dim, self.rope_base))
 
     def hidden(self, x_TC: Tensor, row: Row) -> tuple[Tensor, list[Routing]]:
         """Runs this stage's blocks over `[T, hidden]`."""

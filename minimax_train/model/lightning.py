@@ -8,10 +8,13 @@ y = W_o( sigmoid(W_g x) * RMSNorm(o) )                  (one norm over all heads
 import torch
 from torch import Tensor, nn
 
-from minimax_train.kernels import silu_lightning_attention
+from minimax_train.kernels.lightning_steps import lightning_steps
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.norm import GatedRMSNorm
 from minimax_train.model.parts import Parts
+from minimax_train.model.row import Documents
+from parallel.exchange import make_exchange
+from parallel.lightning import Passing, lightning_over_pieces
 
 
 def decay_slopes(heads: int, layer: int, layers: int) -> Tensor:
@@ -37,13 +40,20 @@ class LightningAttention(nn.Module):
         self.output_gate = parts.column(config.hidden_size, width)
         self.norm = GatedRMSNorm(width, config.lightning_norm_eps, parts)
         self.out_proj = parts.row(width, config.hidden_size)
-        self.backend = parts.backends.lightning
+        self.backend, self.context, self.exchange = parts.backends.lightning, parts.groups.context, parts.groups.layout.exchange
         heads = parts.mine(config.num_attention_heads)
-        self.slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers)[heads.start : heads.stop].to(parts.device)
+        slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers)[heads.start : heads.stop]
+        self.slopes, self.host_slopes = slopes.to(parts.device), slopes.tolist()
 
-    def forward(self, x_TC: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """`[T, hidden]` -> `[T, hidden]`; the state starts from zero at every document of `cu_seqlens` `[documents + 1]`."""
-        qkv = self.qkv_proj(x_TC)
-        qkv = qkv.view(1, len(qkv), -1, 3, self.head_dim)
-        o = silu_lightning_attention(qkv, self.slopes, cu_seqlens=cu_seqlens, backend=self.backend)
-        return self.out_proj(self.norm(o.flatten(2)[0], self.output_gate(x_TC)))
+    def forward(self, x_TC: Tensor, documents: Documents) -> Tensor:
+        """`[T, hidden]` -> `[T, hidden]`; the state starts from zero at every document. The gate is projected while states travel."""
+        qkv = self.qkv_proj(x_TC).unflatten(1, (-1, 3, self.head_dim))
+        steps = lightning_steps(self.slopes, documents.local, backend=self.backend, dtype=qkv.dtype, head_size=self.head_dim)
+        o, gate = lightning_over_pieces(qkv, steps, self.passing(documents, qkv.dtype), lambda: self.output_gate(x_TC))
+        return self.out_proj(self.norm(o.flatten(1), gate))
+
+    def passing(self, documents: Documents, dtype: torch.dtype) -> Passing:
+        """How this layer's states pass between the context ranks; states are fp32, or fp64 for fp64."""
+        states, pieces = torch.promote_types(dtype, torch.float32), documents.pieces
+        exchange = make_exchange(self.exchange, self.slopes, self.host_slopes, pieces.length, pieces.ranks, states)
+        return Passing(exchange=exchange, flow=documents.flow, back=documents.back, channel=self.context)

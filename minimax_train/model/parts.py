@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.kernels.choice import Backends
+from parallel.groups import Groups
 
 
 class Parts(Protocol):
@@ -30,6 +31,11 @@ class Parts(Protocol):
     @property
     def backends(self) -> Backends:
         """Which form of each operator the layers run."""
+        ...
+
+    @property
+    def groups(self) -> Groups:
+        """Who else there is."""
         ...
 
     @property

@@ -109,7 +109,7 @@ class _Run:
                 return
             begin = time.perf_counter()
             samples = range(step * stage.rows + data.rank(), (step + 1) * stage.rows, data.size())
-            rows = [to_row(source.row(sample), self.session.device) for sample in samples]
+            rows = [to_row(source.row(sample), self.session) for sample in samples]
             rate = learning_rate(stage, step)
             report = self.trainer.step(rows, rate)
             self._advance(stage)

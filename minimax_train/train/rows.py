@@ -1,17 +1,28 @@
 """data's rows (numpy) as the model's (torch)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from data.batches import NOTHING_TO_PREDICT
 from data.batches import Row as DataRow
-from minimax_train.model.decoder import Row
+from minimax_train.engine.session import Session
+from minimax_train.model.row import Row
+from parallel.pieces import cut_row
 
 
-def to_row(row: DataRow, device: torch.device, multiple: int = 1) -> Row:
-    """The same row on the model's device, filled up to a multiple of `multiple` tokens by one more document, which has no labels."""
-    tokens, labels, positions, cu_seqlens = (torch.from_numpy(x) for x in (row.tokens, row.labels, row.positions, row.cu_seqlens))
-    missing = -len(tokens) % multiple
+def to_row(row: DataRow, session: Session) -> Row:
+    """What this rank holds of the row, on its device.
+
+    A row that the layout cannot share out evenly (held-out ones; training's divide) is filled up by one more document without labels.
+    """
+    layout = session.groups.layout
+    tokens, labels, positions = (torch.from_numpy(x) for x in (row.tokens, row.labels, row.positions))
+    bounds = row.cu_seqlens.tolist()
+    missing = -len(tokens) % math.lcm(layout.pieces, layout.context * layout.tensor)
     if missing:
-        tokens, labels = F.pad(tokens, (0, missing)), F.pad(labels, (0, missing), value=-100)
-        positions, cu_seqlens = torch.cat([positions, torch.arange(missing)]), torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
-    return Row(tokens=tokens, labels=labels, positions=positions, cu_seqlens=cu_seqlens).to(device)
+        tokens, labels = F.pad(tokens, (0, missing)), F.pad(labels, (0, missing), value=NOTHING_TO_PREDICT)
+        positions, bounds = torch.cat([positions, torch.arange(missing)]), [*bounds, len(tokens)]
+    whole = Row(tokens=tokens, positions=positions, pieces=cut_row(bounds, 1)).with_labels(labels)
+    return whole.cut(layout, session.groups.context.rank).to(session.device)

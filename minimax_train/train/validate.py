@@ -1,6 +1,5 @@
 """Loss on held-out documents, over all ranks."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -42,11 +41,12 @@ def score(decoder: Decoder, rows: list[Row], session: Session) -> Score:
     config = decoder.config
     counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64, device=session.device)
     sums = torch.zeros(2, dtype=torch.float64, device=session.device)
-    data, layout = session.groups.data, session.groups.layout
-    multiple = math.lcm(layout.pieces, layout.context * layout.tensor)
-    for row in rows[data.rank() :: data.size()]:
-        losses, routings = decoder(to_row(row, session.device, multiple))
-        sums += torch.stack([losses.double().sum(), sums.new_tensor(float((row.labels >= 0).sum()))])
+    data = session.groups.data
+    for whole in rows[data.rank() :: data.size()]:
+        row = to_row(whole, session)
+        assert row.labels is not None
+        losses, routings = decoder(row)
+        sums += torch.stack([losses.double().sum(), (row.labels >= 0).double().sum()])
         counts += torch.stack([r.tokens_per_expert for r in routings])
     total = all_sum(torch.cat([sums, counts.flatten()]), session.groups.data_context).cpu()
     share = total[2:].view(counts.shape)

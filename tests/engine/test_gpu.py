@@ -19,7 +19,7 @@ def losses(corpus: Path, device: Device) -> list[float]:
 
         trainer = Trainer(plan, joined)
         source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
-        return [trainer.step([to_row(source.row(4 * step + i), joined.device) for i in range(4)], 2e-3).loss for step in range(4)]
+        return [trainer.step([to_row(source.row(4 * step + i), joined) for i in range(4)], 2e-3).loss for step in range(4)]
 
 
 @pytest.mark.gpu

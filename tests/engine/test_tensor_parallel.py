@@ -76,7 +76,7 @@ def train(place: Place, corpus: Path, layout: Layout, changes: dict[str, Any], l
         source, data = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64), joined.groups.data
 
         def rows(step: int) -> list[Any]:
-            return [to_row(source.row(step * ROWS + i), joined.device) for i in range(data.rank(), ROWS, data.size())]
+            return [to_row(source.row(step * ROWS + i), joined) for i in range(data.rank(), ROWS, data.size())]
 
         first = gradients(trainer, rows(done), joined)
         reports = [trainer.step(rows(step), 2e-3) for step in range(done, done + steps)]

@@ -38,7 +38,7 @@ def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load:
         source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
         losses, norms = [], []
         for step in range(done, done + steps):
-            rows = [to_row(source.row(step * 8 + i), joined.device) for i in range(place.rank, 8, place.size)]
+            rows = [to_row(source.row(step * 8 + i), joined) for i in range(place.rank, 8, place.size)]
             report = trainer.step(rows, 2e-3)
             losses.append(report.loss)
             norms.append(report.grad_norm)
@@ -104,10 +104,12 @@ def gradient_of_uneven_rows(place: Place, corpus: Path) -> tuple[float, float]:
         from minimax_train.engine.trainer import Trainer
 
         source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
-        rows = [to_row(source.row(i), joined.device) for i in range(3)]
-        for row, predicted in zip(rows, (60, 5, 40), strict=True):
-            assert row.labels is not None
-            row.labels[predicted:] = -100
+        rows = [to_row(source.row(i), joined) for i in range(3)]
+        for i, predicted in enumerate((60, 5, 40)):
+            labels = rows[i].labels
+            assert labels is not None
+            labels[predicted:] = -100
+            rows[i] = rows[i].with_labels(labels)
         decoder = bare(build_stage(plan.model, joined, seed=plan.seed))
         total = torch.zeros(())
         everything = sum(int((row.labels >= 0).sum()) for row in rows if row.labels is not None)
@@ -139,7 +141,7 @@ def weights_after_an_idle_step(place: Place, corpus: Path, checkpoint: Path) -> 
         restore(trainer, Opening(checkpoint=checkpoint, record=verified_record(checkpoint), resumed=False, notes=[]), plan)
         before = {name: p.detach().clone() for name, p in trainer.decoder.named_parameters()}
         source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
-        trainer.step([to_row(source.row(place.rank), joined.device)], 0.0)
+        trainer.step([to_row(source.row(place.rank), joined)], 0.0)
         trainer.settle()
         return before, {name: p.detach().clone() for name, p in trainer.decoder.named_parameters()}
 

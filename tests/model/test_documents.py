@@ -4,7 +4,7 @@ import torch
 
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import bare, build_stage
-from minimax_train.model.decoder import Row
+from minimax_train.model.row import Row
 from tests.support import little_model
 
 

@@ -10,7 +10,8 @@ from minimax_train.convert.config import write_config
 from minimax_train.convert.table import table
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import bare, build_stage
-from minimax_train.model.decoder import Decoder, Row
+from minimax_train.model.decoder import Decoder
+from minimax_train.model.row import Row
 from tests.support import little_model
 
 
@@ -65,7 +66,7 @@ def test_every_gradient(pair: tuple[Decoder, torch.nn.Module]) -> None:
     ours, theirs = pair
     ids = torch.randint(0, 300, (301,), generator=torch.Generator().manual_seed(5))
     row = Row.of_documents([ids[:-1]])
-    losses, _ = ours(Row(tokens=row.tokens, positions=row.positions, cu_seqlens=row.cu_seqlens, labels=ids[1:]))
+    losses, _ = ours(row.with_labels(ids[1:]))
     losses.mean().backward()
     logits = theirs(ids[None, :-1], use_cache=False, attention_mask=torch.ones(1, 300, dtype=torch.long)).logits[0]
     loss = torch.nn.functional.cross_entropy(logits, ids[1:])

@@ -25,7 +25,7 @@ def test_run_json_says_what_the_layers_run(corpus: Path, tmp_path: Path, alone: 
     asked: list[tuple[Any, ...]] = []
     called: list[Any] = []
     said: list[str] = []
-    lightning_attention, causal_attention = lightning.silu_lightning_attention, softmax.causal_attention
+    lightning_steps, causal_attention = lightning.lightning_steps, softmax.causal_attention
 
     def choose(*machine: Any) -> Backends:
         asked.append(machine)
@@ -33,14 +33,14 @@ def test_run_json_says_what_the_layers_run(corpus: Path, tmp_path: Path, alone: 
 
     def remembered(*arguments: Any, backend: str, **options: Any) -> Any:
         called.append(backend)
-        return lightning_attention(*arguments, backend=backend, **options)
+        return lightning_steps(*arguments, backend=backend, **options)
 
     def made(backend: str, **facts: Any) -> Any:
         attend = causal_attention("sdpa", **facts)
         return lambda *arguments: (called.append(backend), attend(*arguments))[1]
 
     monkeypatch.setattr(stage, "best_backends", choose)
-    monkeypatch.setattr(lightning, "silu_lightning_attention", remembered)
+    monkeypatch.setattr(lightning, "lightning_steps", remembered)
     monkeypatch.setattr(softmax, "causal_attention", made)
     monkeypatch.setattr(Metrics, "say", lambda self, line: said.append(line))
     train(little_plan(corpus, steps=1), tmp_path / "run", alone)
