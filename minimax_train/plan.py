@@ -194,6 +194,9 @@ class Plan:
             raise ValueError(f"stages are called {names}; every stage needs a name of its own")
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"steps is {self.steps}; it must be at least 0")
+        self.model.check_tensor(self.layout.tensor)
+        for stage in self.stages:
+            self.layout.check_length(f"stage {stage.name!r}: length", stage.length)
 
     @property
     def total_steps(self) -> int:

@@ -22,7 +22,19 @@ def write_tensors(state: Sharded, folder: Path) -> None:
 
 @torch.no_grad()
 def read_tensors(state: Sharded, folder: Path) -> None:
-    """Fills the tensors of `state` in place from a folder whose checksums hold (its metadata is a pickle)."""
+    """Fills the tensors of `state` in place from a folder whose checksums hold (its metadata is a pickle).
+
+    ValueError where the folder lacks a tensor or has it in another shape, as an earlier version stored optimizer state.
+    """
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    for sharded in state.values():
+        found = stored[sharded.key].global_shape if sharded.key in stored else None
+        if found != sharded.global_shape:
+            has = "lacks" if found is None else f"has {list(found)} for"
+            raise ValueError(
+                f"{folder} {has} {sharded.key}, where this version keeps {list(sharded.global_shape)}; of a checkpoint of another version, "
+                "take the weights alone: start a new run with start.checkpoint and start.optimizer=fresh"
+            )
     loaded = dist_checkpointing.load(dict(state), str(folder))
     for name, sharded in state.items():
         if loaded[name].data_ptr() != sharded.data.data_ptr():

@@ -3,6 +3,7 @@
 Source of every default: MiniMax-01 (arXiv 2501.08313) section 2 and the released `config.json` of MiniMax-M1.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -59,6 +60,15 @@ class ModelConfig:
             raise ValueError(f"model.rotary_dim is {self.rotary_dim}; it must be even and at most head_dim {self.head_dim}")
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"model.experts_per_token is {self.experts_per_token}, more than num_experts {self.num_experts}")
+
+    def check_tensor(self, ranks: int) -> None:
+        """ValueError where `ranks` tensor-parallel ranks cannot have equal parts of the heads and of the vocabulary."""
+        sizes = {name: getattr(self, name) for name in ("num_attention_heads", "num_key_value_heads", "vocab_size")}
+        for name, size in sizes.items():
+            if size % ranks:
+                raise ValueError(
+                    f"layout.tensor is {ranks}, which does not divide model.{name} {size}: use a divisor of {math.gcd(*sizes.values())}"
+                )
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

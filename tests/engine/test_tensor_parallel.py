@@ -1,16 +1,20 @@
 """Tensor parallelism changes nothing: losses, every gradient, their norm, auxiliary loss, optimizer steps, checkpoints."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batches import TrainingRows
 from data.dataset import TokenDataset
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.engine.session import Session, session
+from minimax_train.model.decoder import Row
 from minimax_train.train.resume import Opening, restore
 from minimax_train.train.rows import to_row
 from parallel.collectives import all_sum
@@ -39,32 +43,57 @@ def whole(tensor: Tensor, like: Tensor, joined: Session) -> Tensor:
     return torch.cat(all_sum(pieces, group).unbind(), axis)
 
 
-def gradients(trainer: Any, rows: list[Any], joined: Session) -> dict[str, Tensor]:
-    """Whole gradients of one global batch, as the optimizer gets them (per predicted token, summed over all ranks)."""
+def gathered(trainer: Any, joined: Session, pick: Callable[[nn.Parameter, dict[str, Tensor], slice], Tensor]) -> dict[str, Tensor]:
+    """Whole tensors from what each rank's optimizer has: pick(parameter, its shard of the state, its range of the flattened parameter)."""
     from minimax_train.engine.state import _shards
 
-    trainer.model.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    trainer._schedule(rows, forward_only=False)
-    ranges = {name: slice(start, start + len(shard["param"])) for name, _, shard, start in _shards(trainer.decoder, trainer.optimizer)}
-    found = {}
+    found, shards = {}, {name: (shard, start) for name, _, shard, start in _shards(trainer.decoder, trainer.optimizer)}
     for name, parameter in trainer.decoder.named_parameters():
-        reduced = torch.zeros(parameter.numel())  # a rank has the sum only where its range of the distributed optimizer is
-        if name in ranges:
-            reduced[ranges[name]] = parameter.main_grad.view(-1)[ranges[name]]
+        mine = torch.zeros(parameter.numel())
+        if name in shards:
+            shard, start = shards[name]
+            place = slice(start, start + len(shard["param"]))
+            mine[place] = pick(parameter, shard, place)
         group = joined.groups.data_context if parameter.__dict__.get("allreduce", True) else joined.groups.expert_data
-        found[name] = whole(all_sum(reduced, group).view(parameter.shape), parameter, joined)
+        found[name] = whole(all_sum(mine, group).view(parameter.shape), parameter, joined)
     return found
 
 
-def train(place: Place, corpus: Path, layout: Layout, changes: dict[str, Any], load: Path | None, store: Path | None) -> Any:
-    """STEPS steps of 4 rows of 64 tokens: (reports, gradients of the first batch, weights); after `load`, one step."""
+def held(kind: str, parameter: nn.Parameter, shard: dict[str, Tensor], place: slice) -> Tensor:
+    """The optimizer's own state of one kind."""
+    return shard[kind]
+
+
+def gradients(trainer: Any, rows: list[Any], joined: Session) -> dict[str, Tensor]:
+    """Whole gradients of one global batch, as the optimizer gets them (per predicted token, summed over all ranks)."""
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    trainer._schedule(rows, forward_only=False)
+    return gathered(trainer, joined, lambda parameter, _, place: parameter.main_grad.view(-1)[place])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run did; tensors are whole."""
+
+    reports: list[Any]
+    gradients: dict[str, Tensor]
+    """Of its first batch."""
+    weights: dict[str, Tensor]
+    """At its end, as the optimizer state."""
+    state: dict[str, dict[str, Tensor]]
+    loaded: dict[str, dict[str, Tensor]]
+    """Optimizer state before the first step; empty where nothing was loaded."""
+
+
+def train(place: Place, corpus: Path, layout: Layout, changes: dict[str, Any], load: Path | None, store: Path | None) -> Outcome:
+    """STEPS steps of 4 rows of 64 tokens; after `load`, one step."""
     torch.set_num_threads(1)
     plan = little_plan(corpus, model=hybrid(), layout=layout, auxiliary_loss=0.3, **changes)
     with session(layout=layout, place=place) as joined:
         from minimax_train.checkpoint.shelf import verified_record
         from minimax_train.checkpoint.store import save
-        from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
+        from minimax_train.engine.state import MOMENTS, model_state, optimizer_state, optimizer_steps
         from minimax_train.engine.trainer import Trainer
 
         trainer = Trainer(plan, joined, bucket_size=5000)
@@ -78,6 +107,10 @@ def train(place: Place, corpus: Path, layout: Layout, changes: dict[str, Any], l
         def rows(step: int) -> list[Any]:
             return [to_row(source.row(step * ROWS + i), joined) for i in range(data.rank(), ROWS, data.size())]
 
+        def state() -> dict[str, dict[str, Tensor]]:
+            return {kind: gathered(trainer, joined, partial(held, kind)) for kind in MOMENTS}
+
+        loaded = {} if load is None else state()
         first = gradients(trainer, rows(done), joined)
         reports = [trainer.step(rows(step), 2e-3) for step in range(done, done + steps)]
         trainer.settle()
@@ -91,65 +124,106 @@ def train(place: Place, corpus: Path, layout: Layout, changes: dict[str, Any], l
                 progress=Progress(step=done + steps),
                 optimizer_steps=optimizer_steps(trainer.optimizer),
             )
-            state = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
-            save(store, state, record, joined.groups)
-        return reports, first, {name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}
+            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
+            save(store, sharded, record, joined.groups)
+        weights = {name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}
+        return Outcome(reports=reports, gradients=first, weights=weights, state=state(), loaded=loaded)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints after STEPS steps: `one` of one rank, `two` of two tensor-parallel ranks."""
+    """Checkpoints after STEPS steps, under the number of ranks that wrote them."""
     return tmp_path_factory.mktemp("saved")
 
 
 @pytest.fixture(scope="module")
-def one_rank(corpus: Path, saved: Path) -> Any:
-    return run_ranks(1, train, corpus, Layout(), {}, None, saved / "one")[0]
+def one_rank(corpus: Path, saved: Path) -> Outcome:
+    outcome: Outcome = run_ranks(1, train, corpus, Layout(), {}, None, saved / "1")[0]
+    return outcome
 
 
 @pytest.fixture(scope="module")
-def two_ranks(corpus: Path, saved: Path) -> Any:
-    return run_ranks(2, train, corpus, Layout(tensor=2), {}, None, saved / "two")
+def two_ranks(corpus: Path, saved: Path) -> list[Outcome]:
+    return run_ranks(2, train, corpus, Layout(tensor=2), {}, None, saved / "2")
 
 
-def same(ours: Any, theirs: Any, tolerance: float = 1e-5) -> None:
-    for a, b in zip(ours[0], theirs[0], strict=True):
+@pytest.fixture(scope="module")
+def four_ranks(corpus: Path, saved: Path) -> Outcome:
+    """Tensor 2, data 2, so that a rank has parts of rows of the weights that are cut along their columns."""
+    outcome: Outcome = run_ranks(4, train, corpus, Layout(tensor=2), {}, None, saved / "4")[3]
+    return outcome
+
+
+def same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5) -> None:
+    for a, b in zip(ours.reports, theirs.reports, strict=True):
         for name in ("loss", "grad_norm", "auxiliary_loss"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=tolerance), name
-        assert (a.predicted_tokens, a.squares) == (b.predicted_tokens, b.squares)
-        assert a.expert_share == b.expert_share
-    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        assert (a.predicted_tokens, a.squares, a.expert_share) == (b.predicted_tokens, b.squares, b.expert_share)
+    for mine, other in ((ours.gradients, theirs.gradients), (ours.weights, theirs.weights)):
         assert mine.keys() == other.keys()
         for name, tensor in other.items():
             assert (mine[name] - tensor).norm() < tolerance * tensor.norm(), name
 
 
-def test_two_ranks_equal_one(one_rank: Any, two_ranks: Any) -> None:
+def test_two_ranks_equal_one(one_rank: Outcome, two_ranks: list[Outcome]) -> None:
+    assert one_rank.reports[0].grad_norm > 0.1
     for ours in two_ranks:
         same(ours, one_rank)
 
 
-@pytest.mark.parametrize("layout", [Layout(tensor=4), Layout(tensor=2)], ids=["tensor4", "tensor2-data2"])
-def test_four_ranks_equal_one(corpus: Path, one_rank: Any, layout: Layout) -> None:
-    same(run_ranks(4, train, corpus, layout, {}, None, None)[3], one_rank)
+def test_tensor_and_data_parallel_equal_one(one_rank: Outcome, four_ranks: Outcome) -> None:
+    same(four_ranks, one_rank)
 
 
-@pytest.mark.parametrize(("saved_as", "layout", "ranks"), [("two", Layout(), 1), ("two", Layout(), 2), ("one", Layout(tensor=2), 2)])
+def test_a_head_a_rank_equals_one(corpus: Path, one_rank: Outcome) -> None:
+    same(run_ranks(4, train, corpus, Layout(tensor=4), {}, None, None)[3], one_rank)
+
+
+@pytest.mark.parametrize(("writer", "layout", "ranks"), [("4", Layout(), 1), ("2", Layout(), 2), ("1", Layout(tensor=2), 2)])
 def test_checkpoint_of_another_layout(
-    corpus: Path, saved: Path, one_rank: Any, two_ranks: Any, saved_as: str, layout: Layout, ranks: int
+    corpus: Path, saved: Path, one_rank: Outcome, two_ranks: list[Outcome], four_ranks: Outcome, writer: str, layout: Layout, ranks: int
 ) -> None:
-    """The next step, weights and moments included, is the one that the run which saved takes itself."""
-    own = {"one": (Layout(), 1), "two": (Layout(tensor=2), 2)}
-    truth = run_ranks(own[saved_as][1], train, corpus, own[saved_as][0], {}, saved / saved_as, None)[0]
-    same(run_ranks(ranks, train, corpus, layout, {}, saved / saved_as, None)[0], truth)
+    """Weights and moments come back to the bit, and the next step is the one that the layout which saved them takes."""
+    wrote = {"1": one_rank, "2": two_ranks[0], "4": four_ranks}[writer]
+    ours = run_ranks(ranks, train, corpus, layout, {}, saved / writer, None)[0]
+    for kind, tensors in wrote.state.items():
+        assert all(torch.equal(ours.loaded[kind][name], tensor) for name, tensor in tensors.items()), kind
+    own = Layout() if writer == "1" else Layout(tensor=2)
+    same(ours, run_ranks(int(writer), train, corpus, own, {}, saved / writer, None)[0])
 
 
 def test_bf16_follows_one_rank(corpus: Path) -> None:
     changes = {"precision": "bf16"}
-    one, two = (
-        run_ranks(1, train, corpus, Layout(), changes, None, None)[0],
-        run_ranks(2, train, corpus, Layout(tensor=2), changes, None, None)[0],
-    )
-    for a, b in zip(two[0], one[0], strict=True):
+    one: Outcome = run_ranks(1, train, corpus, Layout(), changes, None, None)[0]
+    two: Outcome = run_ranks(2, train, corpus, Layout(tensor=2), changes, None, None)[0]
+    for a, b in zip(two.reports, one.reports, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=2e-3)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=5e-2)
+
+
+def logits_and_losses(place: Place, layout: Layout, fp32_head: bool) -> tuple[Tensor, Tensor]:
+    """Of one row of two documents."""
+    with session(layout=layout, place=place) as joined:
+        from minimax_train.engine.stage import bare, build_stage
+
+        decoder = bare(build_stage(hybrid(), joined, seed=3, fp32_head=fp32_head))
+        row = Row.of_documents([torch.arange(20), torch.arange(100, 144)])
+        with torch.no_grad():
+            return decoder.logits(row), decoder(replace(row, labels=(row.tokens + 7) % 300))[0]
+
+
+@pytest.mark.parametrize("fp32_head", [False, True])
+def test_every_rank_has_all_logits_and_losses(fp32_head: bool) -> None:
+    truth, truth_losses = run_ranks(1, logits_and_losses, Layout(), fp32_head)[0]
+    for logits, losses in run_ranks(2, logits_and_losses, Layout(tensor=2), fp32_head):
+        assert (logits - truth).norm() < 1e-5 * truth.norm()
+        assert (losses - truth_losses).norm() < 1e-5 * truth_losses.norm()
+
+
+def test_what_the_ranks_cannot_share_is_refused(corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"layout.tensor is 4, which does not divide model.num_key_value_heads 2: use a divisor of 2"):
+        little_plan(corpus, layout=Layout(tensor=4))
+    with pytest.raises(ValueError, match=r"layout.tensor is 2, which does not divide model.vocab_size 301: use a divisor of 1"):
+        little_plan(corpus, model=little_model(vocab_size=301), layout=Layout(tensor=2))
+    with pytest.raises(ValueError, match=r"stage '64': length is 64, not a multiple of 3"):
+        little_plan(corpus, model=little_model(num_attention_heads=6, num_key_value_heads=3), layout=Layout(tensor=3))

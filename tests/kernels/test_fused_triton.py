@@ -94,6 +94,19 @@ def test_gated_norm_of_sharded_channels(device: str, monkeypatch: pytest.MonkeyP
         close(torch.cat([g[i] for g in grads], axis), truth[1 + i])
 
 
+def test_gated_norm_takes_totals_where_it_is_differentiated(device: str) -> None:
+    """One rank's half of the channels; the other half's sums are added as its group would, first of squares, then of dots."""
+    x, gate, weight, dy = norm_inputs(11, 96, device)
+    truth = norm_truth(x, gate, weight, dy)
+    mine, other = ([t[..., part] for t in (x, gate, weight, dy)] for part in (slice(40), slice(40, None)))
+    squares = gated_norm_triton.sum_of_squares(x)
+    theirs = iter((gated_norm_triton.sum_of_squares(other[0]), gated_norm_triton.row_dot(*other, squares, 96, EPS)))
+    leaves = [t.detach().requires_grad_() for t in mine[:3]]
+    y = gated_norm_triton.gated_rms_norm(*leaves, EPS, total=lambda t: t + next(theirs), channels=96)
+    for a, b in zip([y, *torch.autograd.grad(y, leaves, mine[3])], truth, strict=True):
+        close(a, b[..., :40])
+
+
 @pytest.mark.parametrize(("heads", "size", "rotary_dim"), [(1, 64, 64), (3, 128, 64), (11, 48, 24)])
 def test_rotary(heads: int, size: int, rotary_dim: int, device: str) -> None:
     g = torch.Generator().manual_seed(0)
@@ -134,10 +147,10 @@ def test_rotary_refuses_angles_of_other_tokens(device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_of_rows(dtype: torch.dtype, device: str) -> None:
-    """More columns than a block, not a multiple of it; an ignored label; large logits; rows of a wider tensor."""
+    """More columns than a block, not a multiple of it; an ignored label and one elsewhere; large logits; rows of a wider tensor."""
     g = torch.Generator().manual_seed(0)
-    logits = (30 * torch.randn(5, 9007, generator=g)).to(device, dtype)[:, :9001]
-    labels, scale = torch.tensor([3, -100, 9000, 4096, 0], device=device), torch.rand(5, generator=g).to(device)
+    logits = (30 * torch.randn(6, 9007, generator=g)).to(device, dtype)[:, :9001]
+    labels, scale = torch.tensor([3, -100, 9000, 4096, 0, -200], device=device), torch.rand(6, generator=g).to(device)
     exact = logits.double().cpu()
     truth, normaliser = cross_entropy.define(exact, labels.cpu())
     loss, ours = row_losses(logits, labels)
