@@ -32,8 +32,11 @@ class Session:
 
 
 @contextmanager
-def session(device: Device = "cpu", layout: Layout | None = None, place: Place | None = None) -> Iterator[Session]:
-    """Joins the ranks (NCCL on CUDA, gloo on CPU) and makes the groups of `layout`; everything is undone on leaving."""
+def session(device: Device = "cpu", layout: Layout | None = None, place: Place | None = None, *, late: bool = False) -> Iterator[Session]:
+    """Joins the ranks (NCCL on CUDA, gloo on CPU) and makes the groups of `layout`; everything is undone on leaving.
+
+    `late`: the test mode of parallel.collectives.Channel.
+    """
     place, layout = place or Place(), layout or Layout()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -47,7 +50,7 @@ def session(device: Device = "cpu", layout: Layout | None = None, place: Place |
         else:
             torch.cuda.set_device(place.local_rank)
         stack.enter_context(joined(place, "gloo" if device == "cpu" else "nccl"))
-        groups = make_groups(layout)
+        groups = make_groups(layout, late=late)
         stack.callback(_forget_groups)
         yield Session(place=place, groups=groups, device=torch.device(device, *(() if device == "cpu" else (place.local_rank,))))
 

@@ -1,0 +1,172 @@
+"""Runs of a little model under a layout, with everything they did made whole again: for tests that layouts change nothing."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.batches import NOTHING_TO_PREDICT, TrainingRows
+from data.batches import Row as DataRow
+from data.dataset import TokenDataset
+from minimax_train.checkpoint.record import Progress, Record
+from minimax_train.engine.session import Session, session
+from minimax_train.train.resume import Opening, restore
+from minimax_train.train.rows import to_row
+from parallel.collectives import all_sum
+from parallel.layout import Layout
+from parallel.world import Place
+from tests.support import little_model, little_plan
+
+STEPS, ROWS = 5, 4
+
+
+def hybrid() -> Any:
+    """8 layers, the last one softmax; 4 heads and 4 key-value heads, so that 4 ranks have one each."""
+    return little_model(num_layers=8, pattern=("lightning",) * 7 + ("softmax",), num_key_value_heads=4)
+
+
+def whole(tensor: Tensor, like: Tensor, joined: Session) -> Tensor:
+    """A rank's tensor of the shape of parameter `like` -> the whole parameter's."""
+    from minimax_train.model.parts import cut_axis
+
+    axis, group = cut_axis(like), joined.groups.tensor
+    if axis is None:
+        return tensor.float().clone()
+    pieces = torch.zeros(group.size(), *tensor.shape)
+    pieces[group.rank()] = tensor
+    return torch.cat(all_sum(pieces, group).unbind(), axis)
+
+
+def gathered(trainer: Any, joined: Session, pick: Callable[[nn.Parameter, dict[str, Tensor], slice], Tensor]) -> dict[str, Tensor]:
+    """Whole tensors from what each rank's optimizer has: pick(parameter, its shard of the state, its range of the flattened parameter)."""
+    from minimax_train.engine.state import _shards
+
+    found, shards = {}, {name: (shard, start) for name, _, shard, start in _shards(trainer.decoder, trainer.optimizer)}
+    for name, parameter in trainer.decoder.named_parameters():
+        mine = torch.zeros(parameter.numel())
+        if name in shards:
+            shard, start = shards[name]
+            place = slice(start, start + len(shard["param"]))
+            mine[place] = pick(parameter, shard, place)
+        group = joined.groups.data_context if parameter.__dict__.get("allreduce", True) else joined.groups.expert_data
+        found[name] = whole(all_sum(mine, group).view(parameter.shape), parameter, joined)
+    return found
+
+
+def packed(bounds: Sequence[int], seed: int) -> DataRow:
+    """A row of made-up documents of these cu_seqlens."""
+    tokens = np.random.default_rng(seed).integers(0, 300, bounds[-1])
+    positions = np.concatenate([np.arange(end - start) for start, end in itertools.pairwise(bounds)])
+    labels = np.roll(tokens, -1)
+    labels[np.array(bounds[1:]) - 1] = NOTHING_TO_PREDICT
+    cu_seqlens, nothing = np.array(bounds, np.int32), np.zeros(len(bounds) - 1, np.int64)
+    return DataRow(tokens=tokens, labels=labels, positions=positions, cu_seqlens=cu_seqlens, documents=nothing, starts=nothing)
+
+
+def held(kind: str, parameter: nn.Parameter, shard: dict[str, Tensor], place: slice) -> Tensor:
+    """The optimizer's own state of one kind."""
+    return shard[kind]
+
+
+def gradients(trainer: Any, rows: list[Any], joined: Session) -> dict[str, Tensor]:
+    """Whole gradients of one global batch, as the optimizer gets them (per predicted token, summed over all ranks)."""
+    trainer.model.zero_grad_buffer()
+    trainer.optimizer.zero_grad()
+    trainer._schedule(rows, forward_only=False)
+    return gathered(trainer, joined, lambda parameter, _, place: parameter.main_grad.view(-1)[place])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run did; tensors are whole."""
+
+    reports: list[Any]
+    gradients: dict[str, Tensor]
+    """Of its first batch."""
+    weights: dict[str, Tensor]
+    """At its end, as the optimizer state."""
+    state: dict[str, dict[str, Tensor]]
+    loaded: dict[str, dict[str, Tensor]]
+    """Optimizer state before the first step; empty where nothing was loaded."""
+
+
+def train(place: Place, corpus: Path, layout: Layout, changes: dict[str, Any], load: Path | None, store: Path | None) -> Outcome:
+    """STEPS steps of 4 rows of 64 tokens; after `load`, one step."""
+    return train_on(place, corpus, layout, changes, load, store, steps=STEPS)
+
+
+def train_on(
+    place: Place,
+    corpus: Path,
+    layout: Layout,
+    changes: dict[str, Any],
+    load: Path | None = None,
+    store: Path | None = None,
+    *,
+    steps: int,
+    rows_in_batch: int = ROWS,
+    packings: Sequence[Sequence[int]] = (),
+    late: bool = False,
+) -> Outcome:
+    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; after `load`, one step."""
+    torch.set_num_threads(1)
+    plan = little_plan(corpus, model=hybrid(), layout=layout, auxiliary_loss=0.3, **changes)
+    with session(layout=layout, place=place, late=late) as joined:
+        from minimax_train.checkpoint.shelf import verified_record
+        from minimax_train.checkpoint.store import save
+        from minimax_train.engine.state import MOMENTS, model_state, optimizer_state, optimizer_steps
+        from minimax_train.engine.trainer import Trainer
+
+        trainer = Trainer(plan, joined, bucket_size=5000)
+        assert min(len(trainer.model.bucket_groups), len(trainer.model.expert_parallel_bucket_groups)) > 3
+        done = 0
+        if load is not None:
+            restore(trainer, Opening(checkpoint=load, record=verified_record(load), resumed=True, notes=[]), plan)
+            done, steps = STEPS, 1
+        source, data = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64), joined.groups.data
+        draw = (lambda sample: packed(packings[sample % len(packings)], sample)) if packings else source.row
+
+        def rows(step: int) -> list[Any]:
+            return [to_row(draw(step * rows_in_batch + i), joined) for i in range(data.rank(), rows_in_batch, data.size())]
+
+        def state() -> dict[str, dict[str, Tensor]]:
+            return {kind: gathered(trainer, joined, partial(held, kind)) for kind in MOMENTS}
+
+        loaded = {} if load is None else state()
+        first = gradients(trainer, rows(done), joined)
+        reports = [trainer.step(rows(step), 2e-3) for step in range(done, done + steps)]
+        trainer.settle()
+        decoder = trainer.decoder
+        if store is not None:
+            record = Record(
+                model=plan.model,
+                rope_base=1e4,
+                max_positions=64,
+                precision=plan.precision,
+                progress=Progress(step=done + steps),
+                optimizer_steps=optimizer_steps(trainer.optimizer),
+            )
+            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
+            save(store, sharded, record, joined.groups)
+        weights = {name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}
+        return Outcome(reports=reports, gradients=first, weights=weights, state=state(), loaded=loaded)
+
+
+def same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5, *, weights: float = 1e-5) -> None:
+    """Reports, gradients and, within `weights`, the weights at the end: Adam divides a gradient by its own size, so that over many steps the
+    rounding of one that is nearly zero moves its weight as far as a real one would."""
+    for a, b in zip(ours.reports, theirs.reports, strict=True):
+        for name in ("loss", "grad_norm", "auxiliary_loss"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=tolerance), name
+        assert (a.predicted_tokens, a.squares, a.expert_share) == (b.predicted_tokens, b.squares, b.expert_share)
+    for mine, other, limit in ((ours.gradients, theirs.gradients, tolerance), (ours.weights, theirs.weights, weights)):
+        assert mine.keys() == other.keys()
+        for name, tensor in other.items():
+            assert (mine[name] - tensor).norm() < limit * tensor.norm(), name
