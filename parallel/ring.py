@@ -96,7 +96,7 @@ class _Ring(torch.autograd.Function):
         plan = plan_ring(pieces, channel.rank)
         arriving = first or _begin_next(plan.hops, k, v, channel)
         own, lse = attend.forward(q, k, v, plan.bounds, plan.bounds, True)
-        merged = own.to(lse.dtype)
+        merged = own if plan.alone else own.to(lse.dtype)
         for part in plan.own:
             _add_part(merged, lse, q, k, v, part, attend)
         for i, hop in enumerate(plan.hops):
@@ -117,7 +117,7 @@ class _Ring(torch.autograd.Function):
         whole = do, q, o, lse
         arriving = _begin_next(plan.hops, k, v, channel)
         own = attend.backward(do, q, k, v, o, lse, plan.bounds, plan.bounds, True)
-        dq, dk, dv = (x.to(lse.dtype) for x in own)
+        dq, dk, dv = own if plan.alone else (x.to(lse.dtype) for x in own)
         for part in plan.own:
             _add_gradients((dq, dk, dv), whole, (k, v), part, attend)
         returning: list[tuple[Hop, Pending]] = []
