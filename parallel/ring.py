@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallel.collectives import Channel, Pending
 from parallel.heads import split_heads, split_tokens
@@ -110,6 +111,7 @@ class _Ring(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
         q, k, v, o, lse = ctx.saved_tensors
         plan, channel, attend = ctx.plan, ctx.channel, ctx.attend
