@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallel.collectives import Channel
 from parallel.pieces import Pieces
@@ -69,6 +70,7 @@ class _SplitHeads(torch.autograd.Function):
         return _to_heads(x, *exchange)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         return _to_tokens(dy, *ctx.exchange), None, None, None
 
@@ -80,5 +82,6 @@ class _SplitTokens(torch.autograd.Function):
         return _to_tokens(x, *exchange)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         return _to_heads(dy, *ctx.exchange), None, None, None

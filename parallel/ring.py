@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from parallel.collectives import Channel, Pending
 from parallel.heads import split_heads, split_tokens
@@ -96,7 +97,7 @@ class _Ring(torch.autograd.Function):
         plan = plan_ring(pieces, channel.rank)
         arriving = first or _begin_next(plan.hops, k, v, channel)
         own, lse = attend.forward(q, k, v, plan.bounds, plan.bounds, True)
-        merged = own.to(lse.dtype)
+        merged = own if plan.alone else own.to(lse.dtype)
         for part in plan.own:
             _add_part(merged, lse, q, k, v, part, attend)
         for i, hop in enumerate(plan.hops):
@@ -110,6 +111,7 @@ class _Ring(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, do: Tensor) -> Any:
         q, k, v, o, lse = ctx.saved_tensors
         plan, channel, attend = ctx.plan, ctx.channel, ctx.attend
@@ -117,7 +119,7 @@ class _Ring(torch.autograd.Function):
         whole = do, q, o, lse
         arriving = _begin_next(plan.hops, k, v, channel)
         own = attend.backward(do, q, k, v, o, lse, plan.bounds, plan.bounds, True)
-        dq, dk, dv = (x.to(lse.dtype) for x in own)
+        dq, dk, dv = own if plan.alone else (x.to(lse.dtype) for x in own)
         for part in plan.own:
             _add_gradients((dq, dk, dv), whole, (k, v), part, attend)
         returning: list[tuple[Hop, Pending]] = []

@@ -48,6 +48,11 @@ class Plan:
     hops: tuple[Hop, ...]
     """Those that some rank needs: of the same distances on every rank."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether the causal attention is all there is: nothing is merged, sent or received."""
+        return not self.own and not self.hops
+
 
 def plan_ring(pieces: Pieces, rank: int) -> Plan:
     """The plan of `rank`. A few milliseconds at 128 ranks with one document."""

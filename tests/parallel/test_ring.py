@@ -266,13 +266,16 @@ def test_documents_do_not_touch() -> None:
 
 
 def test_bf16_is_as_exact_on_eight_ranks_as_on_one() -> None:
-    """Of outputs and gradients, against fp64: merging in fp32 adds no more than half to the error of attention itself."""
+    """Of outputs and gradients, against fp64: merging adds no more than a quarter to the error of attention itself (15% is measured).
+
+    Sums kept in bf16 would add 45%.
+    """
     cases, way = [Case(bounds=(0, 512), size=32), Case(bounds=(0, 100, 130, 512), size=32)], Way(dtype=torch.bfloat16)
     one, eight = (run(ranks, cases, [way]) for ranks in (1, 8))
     for c, case in enumerate(cases):
         for a, b, want in zip(one.whole(0, c), eight.whole(0, c), exact(case), strict=True):
             errors = [float((x.double() - want).norm()) for x in (a, b)]
-            assert 0 < errors[1] < 1.5 * errors[0], errors
+            assert 0 < errors[1] < 1.25 * errors[0], errors
 
 
 def test_two_levels() -> None:
