@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from minimax_train.model.config import ModelConfig
+from parallel.heads import check_heads
 from parallel.layout import Layout
 
 Precision = Literal["fp32", "bf16"]
@@ -195,6 +196,7 @@ class Plan:
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"steps is {self.steps}; it must be at least 0")
         self.model.check_tensor(self.layout.tensor)
+        check_heads(self.model.num_key_value_heads // self.layout.tensor, self.layout.key_value)
         for stage in self.stages:
             self.layout.check_length(f"stage {stage.name!r}: length", stage.length)
 

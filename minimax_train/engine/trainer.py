@@ -31,6 +31,8 @@ class StepReport:
     """Sum of the documents' squared lengths: what causal attention costs."""
     auxiliary_loss: float
     """Mean over rows and layers; 1 at balance."""
+    imbalance: float
+    """The busiest context rank's softmax attention over the mean rank's, mean over rows."""
     grad_norm: float
     """Before clipping."""
     expert_share: list[list[float]]
@@ -102,17 +104,18 @@ class Trainer:
         """
         groups = self.session.groups
         ours, rows_ours = float(groups.tensor.rank() == 0), float(groups.tensor_context.rank() == 0)
-        once = {"loss": ours, "predicted": ours, "auxiliary": 1.0, "squares": rows_ours, "rows": rows_ours}
+        once = {"loss": ours, "predicted": ours, "auxiliary": 1.0, "squares": rows_ours, "rows": rows_ours, "imbalance": rows_ours}
         counts = torch.stack([r["tokens_per_expert"] for r in reports]).sum(0).double() * rows_ours
         scalars = torch.stack([torch.stack([r[name].double() * weight for name, weight in once.items()]) for r in reports]).sum(0)
         total = all_sum(torch.cat([scalars, counts.flatten()]), groups.world).cpu()
-        loss, predicted, auxiliary, squares, rows = total[: len(once)].tolist()
+        loss, predicted, auxiliary, squares, rows, imbalance = total[: len(once)].tolist()
         share = total[len(once) :].view(counts.shape)
         return StepReport(
             loss=loss / max(predicted, 1.0),
             predicted_tokens=int(predicted),
             squares=int(squares),
             auxiliary_loss=auxiliary / rows,
+            imbalance=imbalance / rows,
             grad_norm=grad_norm,
             expert_share=(share / share.sum(1, keepdim=True)).tolist(),
         )
@@ -152,6 +155,7 @@ def _forward_step(rows: Iterator[Row], model: PipelineStage, *, coefficient: flo
         "predicted": predicted,
         "squares": predicted.new_tensor(row.pieces.squares),
         "rows": predicted.new_ones(()),
+        "imbalance": losses.new_tensor(row.pieces.imbalance()),
         "auxiliary": auxiliary.detach(),
         "tokens_per_expert": torch.stack([r.tokens_per_expert for r in routings]),
     }

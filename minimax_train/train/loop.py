@@ -182,6 +182,7 @@ class _Run:
             figures = {
                 "loss": report.loss,
                 "auxiliary_loss": report.auxiliary_loss,
+                "context_imbalance": report.imbalance,
                 "grad_norm": report.grad_norm,
                 "lr": rate,
                 "tokens_per_second": stage.batch_tokens / seconds,

@@ -160,8 +160,10 @@ def train_on(
 
 
 def same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5, *, weights: float = 1e-5) -> None:
-    """Reports, gradients and, within `weights`, the weights at the end: Adam divides a gradient by its own size, so that over many steps the
-    rounding of one that is nearly zero moves its weight as far as a real one would."""
+    """Reports, gradients and, within `weights`, the weights at the end.
+
+    Adam divides a gradient by its own size: over many steps the rounding of one that is nearly zero moves its weight as a real one would.
+    """
     for a, b in zip(ours.reports, theirs.reports, strict=True):
         for name in ("loss", "grad_norm", "auxiliary_loss"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=tolerance), name
