@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
 from minimax_train.engine.session import session
@@ -74,6 +75,32 @@ def test_bf16_follows_one_rank(corpus: Path) -> None:
     for a, b in zip(two.reports, one.reports, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=2e-3)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=5e-2)
+
+
+def load_an_older_one(place: Place, corpus: Path, checkpoint: Path) -> str:
+    """What is said of a checkpoint whose optimizer state of out_proj is flat, as earlier versions kept it."""
+    from minimax_train.engine.storage import read_tensors, write_tensors
+
+    flat = "optimizer.exp_avg.blocks.0.attention.out_proj.weight"
+    with session(place=place) as joined:
+        from minimax_train.engine.state import optimizer_state, prepare_optimizer
+        from minimax_train.engine.trainer import Trainer
+
+        trainer = Trainer(little_plan(corpus, model=hybrid()), joined)
+        prepare_optimizer(trainer.optimizer)
+        state = optimizer_state(trainer.decoder, trainer.optimizer, joined.groups)
+        numbers = state[f"{flat}/0"].data.numel()
+        old = ShardedTensor(flat, torch.zeros(numbers), torch.float32, (numbers,), (numbers,), (0,), None)
+        write_tensors({**state, f"{flat}/0": old}, checkpoint)
+        with pytest.raises(ValueError, match="optimizer") as error:
+            read_tensors(state, checkpoint)
+        return str(error.value)
+
+
+def test_a_checkpoint_of_another_form_is_refused(corpus: Path, tmp_path: Path) -> None:
+    said = run_ranks(1, load_an_older_one, corpus, tmp_path / "old")[0]
+    assert "has [3072] for optimizer.exp_avg.blocks.0.attention.out_proj.weight, where this version keeps [32, 96]" in said
+    assert "start.optimizer=fresh" in said
 
 
 def logits_and_losses(place: Place, layout: Layout, fp32_head: bool) -> tuple[Tensor, Tensor]:
