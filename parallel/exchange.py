@@ -162,7 +162,7 @@ def _scan(given: Mapping[int, Tensor], flow: Flow, decay_R1: Tensor, *, nearest:
         before = _sum(carry, given.get(piece - 2)) if flow.first[piece] < piece - 1 else None
         carry = None if before is None else before * decay_R1
         if flow.targets[piece]:
-            total = _sum(carry, given.get(piece - 1) if nearest and flow.first[piece] < piece else None)
+            total = _sum(carry, given.get(piece - 1) if nearest else None)
             if total is not None:
                 entering[piece] = total
     return entering

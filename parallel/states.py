@@ -43,7 +43,7 @@ class Flow:
     @cached_property
     def near(self) -> frozenset[int]:
         """Pieces that take the state of the piece just before them."""
-        return frozenset(p for p in range(1, len(self.owners)) if self.targets[p] and self.first[p] < p and self.sources[p - 1])
+        return frozenset(p for p in range(1, len(self.owners)) if self.targets[p] and self.sources[p - 1])
 
     @cached_property
     def far_sources(self) -> frozenset[int]:

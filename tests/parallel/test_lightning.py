@@ -1,7 +1,7 @@
 """Lightning attention over pieces on real gloo ranks, against the fp64 definition on the whole row."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -29,6 +29,8 @@ class Case:
     dtype: torch.dtype = torch.float64
     backend: str = "cpu"
     late: bool = False
+    spoilt: int | None = None
+    """A document full of NaN."""
 
     def pieces(self, ranks: int) -> Pieces:
         return Pieces(self.bounds, balanced(self.bounds, ranks) if self.owners == "balanced" else zigzag(ranks))
@@ -61,7 +63,10 @@ def one_case(case: Case, channel: Any) -> dict[str, Any]:
     from parallel.states import state_flow
 
     pieces, rank = case.pieces(channel.size), channel.rank
-    qkv, do, other = (pieces.cut(x, rank).contiguous() for x in whole_row(case.dtype))
+    whole, *upstream = whole_row(case.dtype)
+    if case.spoilt is not None:
+        whole[case.bounds[case.spoilt] : case.bounds[case.spoilt + 1]] = torch.nan
+    qkv, do, other = (pieces.cut(x, rank).contiguous() for x in (whole, *upstream))
     local, flow = pieces.local(rank), state_flow(pieces)
     documents = LocalDocuments(
         cu_seqlens=torch.tensor(local.bounds, dtype=torch.int32), bounds=list(local.bounds), enters=local.enters, leaves=local.leaves
@@ -136,6 +141,23 @@ def test_late_exchanges_give_the_same_bits(ranks: int) -> None:
             assert torch.equal(a["o"], b["o"])
             assert torch.equal(a["dqkv"], b["dqkv"])
             assert a["all"] == b["all"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_documents_do_not_leak(ranks: int) -> None:
+    """A document full of NaN changes no bit of the others, forward or backward."""
+    names = [name for name in ROWS if len(ROWS[name]) > 3]
+    cases = [Case(ROWS[name], kind, dtype=torch.float32) for name in names for kind in KINDS]
+    clean = run_ranks(ranks, on_rank, cases)
+    for spoilt in (0, 1, 2):
+        results = run_ranks(ranks, on_rank, [replace(case, spoilt=spoilt) for case in cases])
+        for i, case in enumerate(cases):
+            first, end = case.bounds[spoilt], case.bounds[spoilt + 1]
+            for name in ("o", "dqkv"):
+                a, b = (case.pieces(ranks).join([result[i][name] for result in outcome]) for outcome in (results, clean))
+                assert a[first:end].isnan().any()
+                assert torch.equal(a[:first], b[:first]), (case, spoilt, name)
+                assert torch.equal(a[end:], b[end:]), (case, spoilt, name)
 
 
 def expected_bytes(case: Case, rank: int, ranks: int) -> dict[str, int]:
