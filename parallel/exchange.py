@@ -19,8 +19,6 @@ from torch import Tensor
 from parallel.collectives import Channel, Pending
 from parallel.states import Flow
 
-UNDERFLOW = 104.0
-"""exp(-104) is 0.0 in fp32, denormal numbers included."""
 FORWARD, BACK = "states", "states back"
 """Names under which a Channel counts the two steps."""
 
@@ -201,10 +199,10 @@ def mean_states_sent(kind: str, ranks: int, slow_share: float) -> float:
     return others * (2.0 + 2.0 * slow_share * (2 * ranks - 3) / ranks)
 
 
-def choose(kind: str, slopes_H: Sequence[float], length: int, ranks: int, *, cut: float = UNDERFLOW) -> tuple[str, tuple[int, ...]]:
+def choose(kind: str, slopes_H: Sequence[float], length: int, ranks: int, *, cut: float = 104.0) -> tuple[str, tuple[int, ...]]:
     """(the exchange, its slow heads) for pieces of `length` tokens; "auto" is the one that sends least.
 
-    A head is slow where s * length < `cut`: at the default what is left out is 0.0 in fp32.
+    A head is slow where s * length < `cut`; exp(-104) is 0.0 in fp32, denormal numbers included.
     """
     slow = tuple(head for head, slope in enumerate(slopes_H) if slope * length < cut)
     if kind == "auto":
@@ -213,7 +211,7 @@ def choose(kind: str, slopes_H: Sequence[float], length: int, ranks: int, *, cut
 
 
 def make_exchange(
-    kind: str, slopes_H: Tensor, host_slopes: Sequence[float], length: int, ranks: int, dtype: torch.dtype, *, cut: float = UNDERFLOW
+    kind: str, slopes_H: Tensor, host_slopes: Sequence[float], length: int, ranks: int, dtype: torch.dtype, *, cut: float = 104.0
 ) -> Exchange:
     """The exchange `kind` ("auto", "gather", "transpose", "pruned") of one layer, for pieces of `length` tokens and states of `dtype`.
 

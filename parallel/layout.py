@@ -29,6 +29,9 @@ class Layout:
     """Of the `context` ranks, so many neighbours (of one node) share out the key-value heads; the ring runs over the rest."""
     exchange: Exchange = "auto"
     """How lightning layers pass states between context ranks; auto: what sends the fewest bytes."""
+    decay_cut: float = 104.0
+    """A state passes on beyond the next piece only in heads whose decay over a piece is more than exp(-decay_cut); at 104 what is left
+    out is 0.0 in fp32. Of the pruned exchange."""
     owners: Owners = "zigzag"
     """Which context rank holds which pieces of a row: zigzag, or balanced for the row's documents."""
 
@@ -41,6 +44,8 @@ class Layout:
                 raise ValueError(
                     f"layout.{name} is {degree}; this version runs data, tensor and context parallelism: set it to 1 and use those"
                 )
+        if not self.decay_cut > 0:
+            raise ValueError(f"layout.decay_cut is {self.decay_cut}; it must be above 0 (104 leaves out nothing that fp32 can hold)")
         if self.context % self.key_value:
             raise ValueError(
                 f"layout.key_value is {self.key_value}, layout.context {self.context}: key_value ranks are neighbours among the context "

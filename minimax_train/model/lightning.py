@@ -13,7 +13,7 @@ from minimax_train.model.config import ModelConfig
 from minimax_train.model.norm import GatedRMSNorm
 from minimax_train.model.parts import Parts
 from minimax_train.model.row import Documents
-from parallel.exchange import make_exchange
+from parallel.exchange import Exchange, make_exchange
 from parallel.lightning import Passing, lightning_over_pieces
 
 
@@ -40,7 +40,8 @@ class LightningAttention(nn.Module):
         self.output_gate = parts.column(config.hidden_size, width)
         self.norm = GatedRMSNorm(width, config.lightning_norm_eps, parts)
         self.out_proj = parts.row(width, config.hidden_size)
-        self.backend, self.context, self.exchange = parts.backends.lightning, parts.groups.context, parts.groups.layout.exchange
+        self.backend, self.context, self.layout = parts.backends.lightning, parts.groups.context, parts.groups.layout
+        self.exchanges: dict[int, Exchange] = {}  # by length of a piece: what is slow does not change from row to row
         heads = parts.mine(config.num_attention_heads)
         slopes = decay_slopes(config.num_attention_heads, layer, config.num_layers)[heads.start : heads.stop]
         self.slopes, self.host_slopes = slopes.to(parts.device), slopes.tolist()
@@ -54,6 +55,8 @@ class LightningAttention(nn.Module):
 
     def passing(self, documents: Documents, dtype: torch.dtype) -> Passing:
         """How this layer's states pass between the context ranks; states are fp32, or fp64 for fp64."""
-        states, pieces = torch.promote_types(dtype, torch.float32), documents.pieces
-        exchange = make_exchange(self.exchange, self.slopes, self.host_slopes, pieces.length, pieces.ranks, states)
-        return Passing(exchange=exchange, flow=documents.flow, back=documents.back, channel=self.context)
+        length, states = documents.pieces.length, torch.promote_types(dtype, torch.float32)
+        if length not in self.exchanges:
+            kind, cut = self.layout.exchange, self.layout.decay_cut
+            self.exchanges[length] = make_exchange(kind, self.slopes, self.host_slopes, length, self.context.size, states, cut=cut)
+        return Passing(exchange=self.exchanges[length], flow=documents.flow, back=documents.back, channel=self.context)

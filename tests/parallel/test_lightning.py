@@ -1,6 +1,7 @@
 """Lightning attention over pieces on real gloo ranks, against the fp64 definition on the whole row."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,7 +58,7 @@ def on_rank(place: Place, cases: list[Case]) -> list[dict[str, Any]]:
         return [one_case(case, Channel(dist.group.WORLD, late=case.late)) for case in cases]
 
 
-def one_case(case: Case, channel: Any) -> dict[str, Any]:
+def one_case(case: Case, channel: Any, events: list[str] | None = None) -> dict[str, Any]:
     from minimax_train.kernels.lightning_steps import LocalDocuments, lightning_steps
     from parallel.lightning import Passing, lightning_over_pieces
     from parallel.states import state_flow
@@ -76,7 +77,7 @@ def one_case(case: Case, channel: Any) -> dict[str, Any]:
     exchange = make_exchange(case.kind, SLOPES, SLOPES.tolist(), pieces.length, channel.size, states)
     passing = Passing(exchange=exchange, flow=flow, back=flow.mirrored(), channel=channel)
     qkv.requires_grad_()
-    order: list[str] = []
+    order: list[str] = [] if events is None else events
     meanwhile = qkv.new_ones(len(qkv), 3).requires_grad_()
 
     def work() -> Tensor:
@@ -88,7 +89,7 @@ def one_case(case: Case, channel: Any) -> dict[str, Any]:
     sent = Counter(channel.bytes)
     dqkv, dother = torch.autograd.grad((o * do).sum() + (result * other).sum(), [qkv, meanwhile])
     assert torch.equal(dother, 2 * other)
-    return {"o": o.detach(), "dqkv": dqkv, "sent": dict(sent), "all": dict(channel.bytes), "calls": dict(channel.calls), "order": order}
+    return {"o": o.detach(), "dqkv": dqkv, "sent": dict(sent), "all": dict(channel.bytes), "calls": dict(channel.calls)}
 
 
 def truth(bounds: tuple[int, ...], qkv: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +240,32 @@ def test_no_call_where_no_document_crosses() -> None:
     assert [result[2]["calls"] for result in results] == [{"states": 2}] * 4
 
 
-def test_meanwhile_runs_between() -> None:
-    """Forward: after the exchange has begun. Backward: its gradient comes before the states' exchange is awaited."""
-    for result in run_ranks(2, on_rank, [Case(ROWS["one document"], "pruned")]):
-        assert result[0]["order"] == ["meanwhile", "meanwhile back"]
+def order_of_events(place: Place) -> list[str]:
+    """What begins and finishes when, in one forward and backward."""
+    import torch.distributed as dist
+
+    from parallel.collectives import Channel, Pending
+    from parallel.world import joined
+
+    events: list[str] = []
+
+    class Watched(Channel):
+        def begin_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Pending:
+            events.append(f"begin {name}")
+            pending = super().begin_all_to_all(x, send, receive, name)
+            finish = pending.finish
+            pending.finish = lambda: (events.append(f"finish {name}"), finish())[1]  # type: ignore[method-assign]
+            return pending
+
+    with joined(place, "gloo"):
+        assert dist.group.WORLD is not None
+        one_case(Case(ROWS["one document"], "pruned"), Watched(dist.group.WORLD), events)
+    return events
+
+
+def test_what_runs_meanwhile_runs_between() -> None:
+    """Between begin and finish of the exchange: forward the caller's work, backward the backward of that."""
+    second = ["begin states back", "finish states back"]
+    forward = ["begin states", "meanwhile", "finish states", *second]
+    backward = ["begin states", "meanwhile back", "finish states", *second]
+    assert run_ranks(2, order_of_events) == [forward + backward] * 2

@@ -53,6 +53,8 @@ def test_layouts() -> None:
         layout.data(12)
     with pytest.raises(ValueError, match=r"layout.key_value is 3, layout.context 4"):
         Layout(context=4, key_value=3)
+    with pytest.raises(ValueError, match=r"layout.decay_cut is 0"):
+        Layout(decay_cut=0.0)
     layout.check_length("a row", 64)
     for tokens, nearest in ((60, 56), (4, 8)):
         with pytest.raises(ValueError, match=rf"a row is {tokens}, not a multiple of 8 \(.*\): use {nearest}"):
