@@ -11,8 +11,8 @@ from minimax_train.engine.session import Session
 from minimax_train.kernels.choice import best_backends
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.decoder import Decoder
-from minimax_train.model.experts import Routing
 from minimax_train.model.initialise import initialise
+from minimax_train.model.router import Routing
 from minimax_train.model.row import Row
 from minimax_train.plan import Precision
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import PipelineStage, bare, build_stage
 from minimax_train.model.decoder import Decoder
-from minimax_train.model.experts import Routing
+from minimax_train.model.router import Routing
 from minimax_train.model.row import Row
 from minimax_train.plan import Plan
 from parallel.collectives import all_sum

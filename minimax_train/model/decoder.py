@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from minimax_train.model.block import Block
 from minimax_train.model.config import ModelConfig
-from minimax_train.model.experts import Routing
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
 from minimax_train.model.rope import rotation
+from minimax_train.model.router import Routing
 from minimax_train.model.row import Documents, Row
 
 
