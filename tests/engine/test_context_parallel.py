@@ -1,5 +1,6 @@
 """Context parallelism changes nothing: losses, every gradient, their norm, the auxiliary loss, and twenty optimizer steps."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from minimax_train.engine.session import session
+from minimax_train.model.row import Row
+from parallel.collectives import all_sum
 from parallel.layout import Layout
 from parallel.testing import run_ranks
 from parallel.world import Place
-from tests.engine.equality import Outcome, same, train_on
+from tests.engine.equality import Outcome, hybrid, same, train_on
 from tests.parallel.packings import ROWS
 from tests.support import little_plan
 
@@ -64,6 +68,37 @@ def test_late_exchanges_give_the_same_bits(corpus: Path) -> None:
     assert [r.loss for r in early.reports] == [r.loss for r in late.reports]
     for name, gradient in early.gradients.items():
         assert torch.equal(gradient, late.gradients[name]), name
+
+
+def losses_and_gradients(place: Place, layout: Layout, alone: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Each token's loss and the gradients of their weighted sum, for a row of 96 tokens: packed, or each document in a row of its own."""
+    from minimax_train.engine.stage import bare, build_stage
+
+    torch.set_num_threads(1)
+    bounds = ROWS["before and after borders"]
+    g = torch.Generator().manual_seed(0)
+    tokens, weights = torch.randint(0, 300, (97,), generator=g), torch.rand(96, generator=g)
+    documents = [slice(a, b) for a, b in itertools.pairwise(bounds)]
+    with session(layout=layout, place=place) as joined:
+        decoder, channel = bare(build_stage(hybrid(), joined, seed=3)), joined.groups.context
+        parts = [[d] for d in documents] if alone else [documents]
+        total = []
+        for part in parts:
+            whole = Row.of_documents([tokens[d] for d in part]).with_labels(torch.cat([tokens[d.start + 1 : d.stop + 1] for d in part]))
+            row = whole.cut(layout, channel.rank)
+            losses, _ = decoder(row)
+            (losses * row.pieces.cut(torch.cat([weights[d] for d in part]), channel.rank)).sum().backward()
+            total.append(row.pieces.join(list(channel.begin_all_gather(losses.detach(), "losses").finish())))
+        return torch.cat(total), {name: all_sum(p.grad, channel.group) for name, p in decoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_packed_row_equals_its_documents_alone(ranks: int) -> None:
+    alone, gradients = run_ranks(1, losses_and_gradients, Layout(), True)[0]
+    for losses, ours in run_ranks(ranks, losses_and_gradients, Layout(context=ranks), False):
+        assert (losses - alone).norm() < 1e-5 * alone.norm()
+        for name, gradient in gradients.items():
+            assert (ours[name] - gradient).norm() < 1e-5 * gradient.norm(), name
 
 
 def test_bf16_follows_one_rank(corpus: Path) -> None:
