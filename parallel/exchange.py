@@ -103,14 +103,15 @@ class Pruned:
         parts: list[list[Tensor]] = []
         for rank, (first, end) in enumerate(cuts):
             near = [states[slots[p - 1]] for p in flow.held[rank] if p in flow.near and p - 1 in slots]
-            parts.append([*near, slow[far, first:end]])
+            parts.append([*near, *(slow[slot, first:end] for slot in far)])
         receive = []
         for rank in range(channel.size):
             near_pieces, far_pieces = self._from(rank, flow, me)
             receive.append(len(near_pieces) * number + len(far_pieces) * (high - low) * size)
         if not flow.near and not self._scans(flow):
             return Pending(states.new_empty(0), states, None, late=False)  # no document crosses a border: nobody sends
-        return channel.begin_all_to_all(_flat([_flat(p) for p in parts]), [sum(x.numel() for x in p) for p in parts], receive, FORWARD)
+        numbers = [part for to_rank in parts for part in to_rank] or [states.new_empty(0)]
+        return channel.begin_all_to_all(_flat(numbers), [sum(part.numel() for part in to_rank) for to_rank in parts], receive, FORWARD)
 
     def finish(self, pending: Pending, states: Tensor, flow: Flow, channel: Channel) -> Tensor:
         me, size, received, result = channel.rank, states.shape[-1], pending.finish(), torch.zeros_like(states)
