@@ -83,7 +83,7 @@ def test_count_json() -> None:
         ("stages.0.learning_rate.peak=.nan", ("nan", "finite")),
         ("stages.0.learning_rate.warmup_steps=100", ("do not fit",)),
         ("precision=fp8", ("fp8", "'fp32' or 'bf16'")),
-        ("layout.tensor=2", ("layout.tensor is 2",)),
+        ("layout.context=3", ("length is", "not a multiple of 6", "layout.context")),
         ("stages=[]", ("stages is empty",)),
         ("noequals", ("--set", "a.b=value")),
     ],
