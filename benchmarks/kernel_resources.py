@@ -11,6 +11,7 @@ with --json also if docs/kernels.md shows another table made by the same triton.
 import argparse
 import importlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minimax_train.kernels import cross_entropy_triton, gated_norm_triton, lightning_triton, lightning_triton_kernels, rotary_triton
+from minimax_train.kernels.lightning_steps import LocalDocuments
+from minimax_train.kernels.lightning_triton_steps import TritonSteps
 
 SHARED_MEMORY = 232_448  # bytes a block may have on sm_90
 REGISTERS = 65_536
@@ -108,22 +111,37 @@ class Recorder:
         )
 
 
-def lightning(
-    size: int, dtype: torch.dtype, states: bool, length: int | None, *, tokens: int = TOKENS, heads: int = HEADS, documents: int = 3
-) -> list[Launch]:
-    """Every launch of a forward and a backward: the layer's call (packed, no states given or wanted), or the one with both."""
-    operator = f"lightning, D {size}, {TYPES[dtype]}"
-    with Recorder.of(lightning_triton_kernels, operator) as launches, patch.object(lightning_triton, "_refuse"):
-        slopes, cu_seqlens = torch.empty(heads), torch.empty(documents + 1, dtype=torch.int32)
-        qkv = torch.empty(tokens, heads, 3, size, dtype=dtype, requires_grad=True)
-        if states:
-            initial = torch.empty(documents, heads, size, size, requires_grad=True)
-            o, final = lightning_triton.lightning_attention(*qkv.unbind(2), slopes, cu_seqlens, initial, rows=1, final=True, length=length)
-            torch.autograd.grad([o, final], [qkv, initial], [torch.empty_like(o), torch.empty_like(final)])
-        else:
-            o = lightning_triton.packed_lightning_attention(qkv, slopes, cu_seqlens, rows=1, length=length)
-            torch.autograd.grad(o, qkv, torch.empty_like(o))
+def attention(size: int, dtype: torch.dtype, *, heads: int, length: int | None) -> list[Launch]:
+    """Every launch of lightning_attention, forward and backward, with initial and final states."""
+    with Recorder.of(lightning_triton_kernels, f"lightning_attention, D {size}, {TYPES[dtype]}") as launches, unrefused():
+        qkv = torch.empty(TOKENS, heads, 3, size, dtype=dtype, requires_grad=True)
+        initial = torch.empty(3, heads, size, size, requires_grad=True)
+        o, final = lightning_triton.lightning_attention(
+            *qkv.unbind(2), torch.empty(heads), torch.empty(4, dtype=torch.int32), initial, rows=1, final=True, length=length
+        )
+        torch.autograd.grad([o, final], [qkv, initial], [torch.empty_like(o), torch.empty_like(final)])
     return launches
+
+
+def steps(size: int, dtype: torch.dtype, *, heads: int, documents: int, cut: bool, length: int | None) -> list[Launch]:
+    """Every launch of the model's layer (TritonSteps), forward and backward; `cut`: one document enters the rank, and one leaves it."""
+    bounds = [n * TOKENS // documents for n in range(documents + 1)]
+    with Recorder.of(lightning_triton_kernels, f"lightning steps, D {size}, {TYPES[dtype]}") as launches, unrefused():
+        cu_seqlens = torch.empty(documents + 1, dtype=torch.int32)
+        enters, leaves = ((0, -1), (-1, documents - 1)) if cut else ((-1, -1), (-1, -1))
+        local = LocalDocuments(cu_seqlens=cu_seqlens, bounds=bounds, enters=enters, leaves=leaves)
+        ours = TritonSteps.of(torch.empty(heads), local, dtype=dtype, head_size=size, length=length)
+        qkv, o = torch.empty(TOKENS, heads, 3, size, dtype=dtype), torch.empty(TOKENS, heads, size, dtype=dtype)
+        ends, kept = ours.end_states(qkv)
+        _, kept_outputs = ours.outputs(qkv, ends, kept)
+        back, kept_gradient = ours.initial_gradient(qkv, o)
+        ours.gradients(qkv, ends, o, back, kept_outputs, kept_gradient)
+    return launches
+
+
+def unrefused() -> Any:
+    """Lets tensors without memory pass for a GPU's."""
+    return patch.object(lightning_triton, "_refuse")
 
 
 def neighbours(dtype: torch.dtype, tokens: int) -> Iterator[Launch]:
@@ -152,13 +170,19 @@ def neighbours(dtype: torch.dtype, tokens: int) -> Iterator[Launch]:
 
 
 def all_launches() -> Iterator[Launch]:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for size in lightning_triton.HEAD_SIZES:
-            for states in (False, True):
-                for length in (None, TOKENS):  # by the rule: two passes; and a single pass
-                    yield from lightning(size, dtype, states, length)
-                for tokens in (1, 2):  # numbers that are 1 are constants to the compiler
-                    yield from lightning(size, dtype, states, 1, tokens=tokens, heads=1, documents=1)
+    lengths = (None, TOKENS)  # of a segment: by the rule, with states between segments; and a single pass, without
+    for size, length in itertools.product(lightning_triton.HEAD_SIZES, lengths):
+        for dtype, heads in itertools.product((torch.bfloat16, torch.float32), (64, HEADS, 1)):
+            for documents, cut in itertools.product((1, 3), (False, True)):
+                yield from steps(size, dtype, heads=heads, documents=documents, cut=cut, length=length)
+        for dtype, heads in (
+            (torch.bfloat16, HEADS),
+            (torch.bfloat16, 1),
+            (torch.float16, HEADS),
+            (torch.float32, HEADS),
+            (torch.float32, 1),
+        ):
+            yield from attention(size, dtype, heads=heads, length=length)
     for dtype in (torch.bfloat16, torch.float32):
         for tokens in (1, TOKENS):
             yield from neighbours(dtype, tokens)
@@ -176,21 +200,26 @@ def resources(launch: Launch) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        used, code = (
-            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "--dump-sass")
-        )
-    found = {name: re.search(rf"{name}:(\d+)", used) for name in ("REG", "STACK")}
+        code = subprocess.run([tool, "-res-usage", "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name: re.search(rf"{name}:(\d+)", code) for name in ("REG", "STACK")}
     if not all(found.values()):
-        raise RuntimeError(f"cuobjdump's report of {launch.kernel} was not understood: {used}")
+        raise RuntimeError(f"cuobjdump's report of {launch.kernel} was not understood: {code[:1000]}")
     registers, stack = (int(match[1]) for match in found.values() if match)
     counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("LDL", "STL", "HGMMA", "HMMA")}
     tf32 = len(re.findall(r"\bH?G?MMA\S*TF32", code))
     return {
-        "operator": launch.operator, "kernel": launch.kernel, "warps": launch.warps, "stages": launch.stages, "registers": registers,
+        "kernel": launch.kernel, "constants": launch.constants, "warps": launch.warps, "stages": launch.stages, "registers": registers,
         "stack": stack, "spills": counts["LDL"] + counts["STL"], "shared": built.metadata.shared, "HGMMA": counts["HGMMA"],
         "HMMA": counts["HMMA"], "TF32": tf32,
     }  # fmt: skip
+
+
+def compiled(launches: list[Launch]) -> list[dict[str, Any]]:
+    """A row for each launch; what two operators launch alike is compiled once."""
+    alike = {repr(replace(launch, operator="")): launch for launch in launches}
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = dict(zip(alike, pool.map(resources, alike.values()), strict=True))
+    return [{"operator": launch.operator, **found[repr(replace(launch, operator=""))]} for launch in launches]
 
 
 def complaints(row: dict[str, Any]) -> list[str]:
@@ -230,9 +259,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, write nothing")
     as_json = parser.parse_args().json
-    launches = list({repr(launch): launch for launch in all_launches()}.values())  # without repeats
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        rows = list(pool.map(resources, launches))
+    rows = compiled(list({repr(launch): launch for launch in all_launches()}.values()))  # without repeats
     wrong = [complaint for row in rows for complaint in complaints(row)]
     before, rest = PAGE.read_text().split(BEGIN)
     shown, after = rest.split(END)

@@ -4,13 +4,12 @@ import importlib.util
 import itertools
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minimax_train.kernels.lightning import define
-from minimax_train.kernels.lightning_cpu import attend, attend_silu
+from minimax_train.kernels.lightning_cpu import attend
 
-__all__ = ["best_lightning_backend", "lightning_attention", "silu_lightning_attention"]
+__all__ = ["best_lightning_backend", "lightning_attention"]
 
 BACKENDS = ("definition", "cpu", "triton")
 TRITON_HEAD_SIZES = (64, 128)
@@ -57,28 +56,6 @@ def lightning_attention(
     bounds, initial = _on_host(cu_seqlens, q, initial_state)
     o, final_state = (attend if name == "cpu" else define)(q_THD, k_THD, v_THD, slopes, bounds, initial)
     return o.view(q.shape), final_state
-
-
-def silu_lightning_attention(qkv: Tensor, slopes: Tensor, *, cu_seqlens: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """lightning_attention(q, k, v, ...)[0] with q, k, v = SiLU(qkv).unbind(3): what the layer computes from its projection.
-
-    qkv is `[B, T, H, 3, D]`; all else as in lightning_attention. No final state is made, and no gradient is stacked from three; on CPU
-    SiLU(qkv) and its gradient never exist as whole tensors.
-    """
-    if qkv.dim() != 5 or qkv.shape[3] != 3:
-        raise ValueError(f"qkv is {list(qkv.shape)}; it must be [batch, tokens, heads, 3, head size]")
-    q, k, v = qkv.unbind(3)
-    _check(q, k, v, slopes, None, cu_seqlens)
-    name, slopes = _choose(backend, q), slopes.detach()
-    if name == "triton":
-        from minimax_train.kernels import lightning_triton
-
-        active = F.silu(qkv).flatten(0, 1)
-        return lightning_triton.packed_lightning_attention(active, slopes, _on_device(cu_seqlens, q), rows=q.shape[0]).view(q.shape)
-    if name == "cpu":
-        return attend_silu(qkv.flatten(0, 1), slopes, _bounds(cu_seqlens, q)).view(q.shape)
-    q_THD, k_THD, v_THD = F.silu(qkv).flatten(0, 1).unbind(2)
-    return define(q_THD, k_THD, v_THD, slopes, *_on_host(cu_seqlens, q, None))[0].view(q.shape)
 
 
 def best_lightning_backend(device: torch.device, dtype: torch.dtype, head_size: int) -> str:

@@ -38,15 +38,6 @@ def attend(q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, slopes_H: Tensor, bounds
     return o, final
 
 
-def attend_silu(qkv_TH3D: Tensor, slopes_H: Tensor, bounds: list[int]) -> Tensor:
-    """attend(q, k, v, ...)[0] with q, k, v = SiLU(qkv).unbind(2) and no initial states.
-
-    Without three large tensors (SiLU(qkv), its gradient, their stacking), and without any state per document.
-    """
-    o: Tensor = _AttendSilu.apply(qkv_TH3D, slopes_H, bounds)
-    return o
-
-
 @dataclass(frozen=True, kw_only=True)
 class Documents:
     """The documents of a row, bounds[n] .. bounds[n + 1] - 1, and their rows in the tables of states `[rows, H, D, D]`.
@@ -63,17 +54,6 @@ class Documents:
     def with_states(cls, bounds: list[int]) -> "Documents":
         """Row n is document n's."""
         return cls(bounds=bounds, enters=range(len(bounds) - 1), leaves=range(len(bounds) - 1))
-
-    @classmethod
-    def without_states(cls, bounds: list[int]) -> "Documents":
-        nowhere = [-1] * (len(bounds) - 1)
-        return cls(bounds=bounds, enters=nowhere, leaves=nowhere)
-
-
-def no_states(like_THD: Tensor) -> Tensor:
-    """A table of no rows, `[0, H, D, D]`, in the dtype that states have beside `like`."""
-    _, heads, size = like_THD.shape
-    return like_THD.new_empty((0, heads, size, size), dtype=torch.promote_types(like_THD.dtype, torch.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,22 +328,3 @@ class _Attend(torch.autograd.Function):
         dinitial = dfinal.clone()
         backward((q, k, v), slopes, ctx.documents, initial, borders, do, dfinal, (dq, dk, dv), dinitial, silu=False)
         return dq, dk, dv, None, None, dinitial
-
-
-class _AttendSilu(torch.autograd.Function):
-    """The same for qkv `[T, H, 3, D]` before its SiLU, which backward recomputes; no states of documents."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, slopes: Tensor, bounds: list[int]) -> Tensor:
-        ctx.documents = Documents.without_states(bounds)
-        o, borders = forward(qkv.unbind(2), slopes, ctx.documents, no_states(qkv.select(2, 0)), None, silu=True)
-        ctx.save_for_backward(qkv, slopes, borders)
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor, None, None]:
-        qkv, slopes, borders = ctx.saved_tensors
-        dqkv, nothing = qkv.new_empty(qkv.shape), no_states(qkv.select(2, 0))
-        backward(qkv.unbind(2), slopes, ctx.documents, nothing, borders, do, nothing, dqkv.unbind(2), None, silu=True)
-        return dqkv, None, None

@@ -213,5 +213,5 @@ class DefinitionSteps:
 
 def _zero_states(like_THD: Tensor, rows: int) -> Tensor:
     """`[rows, H, D, D]` in the dtype of states."""
-    nothing = lightning_cpu.no_states(like_THD)
-    return nothing.new_zeros((rows, *nothing.shape[1:]))
+    _, heads, size = like_THD.shape
+    return like_THD.new_zeros((rows, heads, size, size), dtype=torch.promote_types(like_THD.dtype, torch.float32))

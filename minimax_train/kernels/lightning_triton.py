@@ -217,28 +217,15 @@ def lightning_attention(
     q, k, v `[T, H, D]` of one dtype of bf16, fp16, fp32; cu_seqlens int32 `[N + 1]` on their device, of which `rows` are known to be of
     one length; initial `[N, H, D, D]`. `length` of a segment and `layout`: by the rules above where None.
     """
-    cut, layout = _plan(q_THD, cu_seqlens, rows, length, layout)
-    state = None if initial is None else initial.float().contiguous()
-    o, last = _Attend.apply(*_alike(q_THD, k_THD, v_THD), slopes_H, state, cut, layout, final)
-    return o, last
-
-
-def packed_lightning_attention(
-    qkv_TH3D: Tensor, slopes_H: Tensor, cu_seqlens: Tensor, *, rows: int, length: int | None = None, layout: Tiles | None = None
-) -> Tensor:
-    """lightning_attention(*qkv.unbind(2), ...)[0], whose gradient is one tensor: nothing is stacked."""
-    cut, layout = _plan(qkv_TH3D.select(2, 0), cu_seqlens, rows, length, layout)
-    o: Tensor = _AttendPacked.apply(qkv_TH3D, slopes_H, cut, layout)
-    return o
-
-
-def _plan(q_THD: Tensor, cu_seqlens: Tensor, rows: int, length: int | None, layout: Tiles | None) -> tuple[Cut, Tiles]:
     tokens, heads, size = q_THD.shape
     length, layout = plan(
         rows=rows, tokens=tokens, heads=heads, size=size, dtype=q_THD.dtype, device=q_THD.device, length=length, layout=layout
     )
     with torch.cuda.device_of(q_THD):
-        return cut_row(cu_seqlens, tokens, length), layout
+        cut = cut_row(cu_seqlens, tokens, length)
+    state = None if initial is None else initial.float().contiguous()
+    o, last = _Attend.apply(*_alike(q_THD, k_THD, v_THD), slopes_H, state, cut, layout, final)
+    return o, last
 
 
 def plan(
@@ -262,41 +249,18 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)
 
 
-def _forward(
-    qkv: tuple[Tensor, Tensor, Tensor], slopes: Tensor, initial: Tensor | None, cut: Cut, layout: Tiles, final: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    q, k, v = qkv
-    with torch.cuda.device_of(q):
-        slots, ends = local_states(k, v, slopes, cut, layout, ends=final)
-        o = outputs(q, k, v, slopes, cut, layout, slots, initial)
-        if ends is not None and initial is not None:
-            ends += over_documents(slopes, cut) * initial
-    return o, ends, slots
-
-
-def _backward(
-    ctx: Any, qkv: tuple[Tensor, Tensor, Tensor], do: Tensor | None, dfinal: Tensor | None, dqkv: tuple[Tensor, Tensor, Tensor]
-) -> Tensor | None:
-    """Writes into dqkv; returns the gradient of the initial states."""
-    slopes, slots, initial = ctx.saved_tensors[-3:]
-    cut, layout, wanted = ctx.cut, ctx.layout, initial is not None and ctx.needs_input_grad[4]
-    do = torch.zeros_like(qkv[0]) if do is None else do if do.stride(-1) == 1 else do.contiguous()
-    dfinal = None if dfinal is None else dfinal.contiguous()
-    with torch.cuda.device_of(do):
-        query_gradient(qkv, do, slopes, cut, layout, slots, initial, dqkv[0])
-        dslots, dinitial = local_states(qkv[0], do, slopes, cut, layout, ends=wanted, reverse=True)
-        key_value_gradient(qkv, do, slopes, cut, layout, dslots, dfinal, dqkv[1], dqkv[2])
-        if dinitial is not None and dfinal is not None:
-            dinitial += over_documents(slopes, cut) * dfinal
-    return dinitial
-
-
 class _Attend(torch.autograd.Function):
+    """All steps of a row whose states nobody else needs in between."""
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, initial: Tensor | None, cut: Cut, layout: Tiles, final: bool
     ) -> tuple[Tensor, Tensor | None]:
-        o, ends, slots = _forward((q, k, v), slopes, initial, cut, layout, final)
+        with torch.cuda.device_of(q):
+            slots, ends = local_states(k, v, slopes, cut, layout, ends=final)
+            o = outputs(q, k, v, slopes, cut, layout, slots, initial)
+            if ends is not None and initial is not None:
+                ends += over_documents(slopes, cut) * initial
         ctx.save_for_backward(q, k, v, slopes, slots, initial)
         ctx.cut, ctx.layout = cut, layout
         ctx.set_materialize_grads(False)
@@ -305,28 +269,18 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors[:3]
+        q, k, v, slopes, slots, initial = ctx.saved_tensors
+        cut, layout, wanted = ctx.cut, ctx.layout, initial is not None and ctx.needs_input_grad[4]
+        do = torch.zeros_like(q) if do is None else do if do.stride(-1) == 1 else do.contiguous()
+        dfinal = None if dfinal is None else dfinal.contiguous()
         dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-        dinitial = _backward(ctx, (q, k, v), do, dfinal, (dq, dk, dv))
+        with torch.cuda.device_of(do):
+            query_gradient((q, k, v), do, slopes, cut, layout, slots, initial, dq)
+            dslots, dinitial = local_states(q, do, slopes, cut, layout, ends=wanted, reverse=True)
+            key_value_gradient((q, k, v), do, slopes, cut, layout, dslots, dfinal, dk, dv)
+            if dinitial is not None and dfinal is not None:
+                dinitial += over_documents(slopes, cut) * dfinal
         return dq, dk, dv, None, dinitial, None, None, None
-
-
-class _AttendPacked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, slopes: Tensor, cut: Cut, layout: Tiles) -> Tensor:
-        qkv = qkv.contiguous()
-        o, _, slots = _forward(qkv.unbind(2), slopes, None, cut, layout, final=False)  # type: ignore[arg-type]
-        ctx.save_for_backward(qkv, slopes, slots, None)
-        ctx.cut, ctx.layout = cut, layout
-        return o
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        qkv = ctx.saved_tensors[0]
-        dqkv = torch.empty_like(qkv)
-        _backward(ctx, qkv.unbind(2), do, None, dqkv.unbind(2))  # type: ignore[arg-type]
-        return dqkv, None, None, None
 
 
 def _processors(device: torch.device) -> int:

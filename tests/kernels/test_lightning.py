@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minimax_train.kernels import lightning_attention, silu_lightning_attention
+from minimax_train.kernels import lightning_attention
 from minimax_train.model.lightning import decay_slopes
 
 SLOPES = torch.tensor([0.917, 0.05, decay_slopes(64, 78, 80)[-1].item(), 0.0])  # fastest, middling, slowest of layer 78, none
@@ -142,25 +142,6 @@ def test_gradients_numerically() -> None:
     assert torch.autograd.gradcheck(
         lambda *a: lightning_attention(*a[:3], SLOPES, cu_seqlens=p["cu_seqlens"], initial_state=a[3], backend="cpu"), (q, k, v, state)
     )
-
-
-@pytest.mark.parametrize("tokens", [1, 65, 2049])
-def test_silu_form(tokens: int) -> None:
-    """The fused form is lightning_attention of SiLU(qkv), forward and backward."""
-    p = problem(tokens, DOCUMENTS[tokens], torch.float32)
-    outcomes = []
-    for form in ("fused", "plain"):
-        qkv = p["qkv"].clone().requires_grad_()
-        if form == "fused":
-            o = silu_lightning_attention(qkv, SLOPES, cu_seqlens=p["cu_seqlens"])
-        else:
-            q, k, v = torch.nn.functional.silu(qkv).unbind(3)
-            o, _ = lightning_attention(q, k, v, SLOPES, cu_seqlens=p["cu_seqlens"], backend="definition")
-        weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(0))
-        (o * weights).sum().backward()
-        outcomes.append((o.detach(), qkv.grad))
-    for ours, theirs in zip(*outcomes, strict=True):
-        assert relative(ours, theirs) < 1e-5  # type: ignore[arg-type]
 
 
 def test_bf16_error_does_not_grow_with_length() -> None:

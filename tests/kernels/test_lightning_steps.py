@@ -48,6 +48,8 @@ def halves(*cuts: int) -> list[list[Run]]:
 
 
 CASES = {
+    "one rank": Case(lengths=[90, 0, 40, 1], ranks=halves(0, 131)),  # no state comes or goes: a layer without context parallelism
+    "one rank, all documents short": Case(lengths=[9, 0, 1, 20], ranks=halves(0, 30)),
     "one document, three ranks": Case(lengths=[260], ranks=halves(0, 70, 180, 260)),
     "documents, cuts anywhere": Case(lengths=[5, 1, 1, 90, 0, 40, 1, 70, 60], ranks=halves(0, 61, 150, 268)),
     "cuts on documents": Case(lengths=[64, 33, 1, 70], ranks=halves(0, 97, 98, 168)),
@@ -197,13 +199,14 @@ def test_triton(name: str, length: int | None, device: str) -> None:
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("slopes", [SLOW, FAST], ids=["slow", "fast"])
-def test_many_blocks(slopes: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ranks", [[[(0, 230), (590, 800)], [(230, 420), (420, 590)]], halves(0, 800)], ids=["zigzag", "one rank"])
+def test_many_blocks(ranks: list[list[Run]], slopes: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Local rows over several blocks of the CPU's scratch, in the sums of the end states too."""
     from minimax_train.kernels import lightning_cpu
 
     monkeypatch.setattr(lightning_cpu, "BLOCK_NUMBERS", 1)
     monkeypatch.setattr(lightning_cpu, "FEWEST_TOKENS", 64)
-    case = Case(lengths=[200, 500, 1, 99], ranks=[[(0, 230), (590, 800)], [(230, 420), (420, 590)]], slopes=slopes)
+    case = Case(lengths=[200, 500, 1, 99], ranks=ranks, slopes=slopes)
     qkv, do = problem(case, 16, torch.float32)
     local = [local_documents(case, runs, "cpu") for runs in case.ranks]
     steps = [make_steps(case, documents, "cpu", do) for documents in local]

@@ -93,11 +93,12 @@ def one_case(case: Case, channel: Any, events: list[str] | None = None) -> dict[
 
 
 def truth(bounds: tuple[int, ...], qkv: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
-    from minimax_train.kernels import silu_lightning_attention
+    from minimax_train.kernels import lightning_attention
 
     qkv = qkv.double().requires_grad_()
-    o = silu_lightning_attention(qkv[None], SLOPES, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), backend="definition")[0]
-    return o.detach(), torch.autograd.grad((o * do.double()).sum(), qkv)[0]
+    q, k, v = torch.nn.functional.silu(qkv)[None].unbind(3)
+    o, _ = lightning_attention(q, k, v, SLOPES, cu_seqlens=torch.tensor(bounds, dtype=torch.int32), backend="definition")
+    return o[0].detach(), torch.autograd.grad((o[0] * do.double()).sum(), qkv)[0]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
