@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -139,7 +139,7 @@ def steps(size: int, dtype: torch.dtype, *, heads: int, documents: int, cut: boo
     return launches
 
 
-def unrefused() -> Any:
+def unrefused() -> AbstractContextManager[Any]:
     """Lets tensors without memory pass for a GPU's."""
     return patch.object(lightning_triton, "_refuse")
 
@@ -175,14 +175,9 @@ def all_launches() -> Iterator[Launch]:
         for dtype, heads in itertools.product((torch.bfloat16, torch.float32), (64, HEADS, 1)):
             for documents, cut in itertools.product((1, 3), (False, True)):
                 yield from steps(size, dtype, heads=heads, documents=documents, cut=cut, length=length)
-        for dtype, heads in (
-            (torch.bfloat16, HEADS),
-            (torch.bfloat16, 1),
-            (torch.float16, HEADS),
-            (torch.float32, HEADS),
-            (torch.float32, 1),
-        ):
+        for dtype, heads in itertools.product((torch.bfloat16, torch.float32), (HEADS, 1)):
             yield from attention(size, dtype, heads=heads, length=length)
+        yield from attention(size, torch.float16, heads=HEADS, length=length)
     for dtype in (torch.bfloat16, torch.float32):
         for tokens in (1, TOKENS):
             yield from neighbours(dtype, tokens)
