@@ -31,6 +31,9 @@ bench: setup
 	$(BIN)/python benchmarks/lightning_cpu.py
 	$(BIN)/python benchmarks/lightning_layer.py
 	$(BIN)/python benchmarks/tiny_step.py
+	$(BIN)/python benchmarks/context_bytes.py
+	$(BIN)/python benchmarks/context_trace.py
+	$(BIN)/python benchmarks/long_context.py
 
 bench-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -7,22 +7,27 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.profiler import record_function
 
 T = TypeVar("T")
 
 
 class Pending:
-    """An exchange that was begun; `finish` returns what arrived. Call it once, where the result is used: on a GPU the stream then waits."""
+    """An exchange that was begun; `finish` returns what arrived. Call it once, where the result is used: on a GPU the stream then waits.
 
-    def __init__(self, result: Tensor, sent: Tensor, issue: Callable[[], Any] | None, *, late: bool) -> None:
+    A profiler sees both, as "NAME: begin" and "NAME: finish".
+    """
+
+    def __init__(self, result: Tensor, sent: Tensor, issue: Callable[[], Any] | None, *, late: bool, name: str = "") -> None:
         """`issue` starts the collective and returns torch's Work; None: there is nobody to talk to, and `result` is ready."""
-        self._result, self._sent, self._issue = result, sent, issue
+        self._result, self._sent, self._issue, self._name = result, sent, issue, name
         self._copy = sent.clone() if late and issue is not None else None
         self._work = None
         if late and issue is not None and result.is_floating_point():
             result.fill_(torch.nan)
         elif issue is not None:
-            self._work = issue()
+            with record_function(f"{name}: begin"):
+                self._work = issue()
 
     def finish(self) -> Tensor:
         """What arrived. RuntimeError in late mode where what was to be sent has been changed since `begin`."""
@@ -32,7 +37,8 @@ class Pending:
             assert self._issue is not None
             self._work = self._work or self._issue()
         if self._work is not None:
-            self._work.wait()
+            with record_function(f"{self._name}: finish"):
+                self._work.wait()
         self._sent = self._result  # what was sent may go
         return self._result
 
@@ -64,7 +70,11 @@ class Channel:
         self._count(name, x.nbytes * (self.size - 1))
         result = x.new_empty((self.size, *x.shape))
         flat = result.flatten(0, 1)  # gloo wants one rank after the other, not stacked
-        return Pending(result, x, lambda: dist.all_gather_into_tensor(flat, x, group=self.group, async_op=True), late=self.late)
+
+        def issue() -> Any:
+            return dist.all_gather_into_tensor(flat, x, group=self.group, async_op=True)
+
+        return Pending(result, x, issue, late=self.late, name=name)
 
     def begin_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Pending:
         """Rank r gets `send[r]` rows of `x` (contiguous) from this one, which gets `receive[r]` rows from r; both in rank order."""
@@ -77,7 +87,7 @@ class Channel:
         def issue() -> Any:
             return dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
 
-        return Pending(result, x, issue, late=self.late)
+        return Pending(result, x, issue, late=self.late, name=name)
 
     def _count(self, name: str, sent: int) -> None:
         self.bytes[name] += sent

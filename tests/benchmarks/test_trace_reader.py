@@ -1,0 +1,65 @@
+"""What benchmarks/trace_reader.py reads out of a trace, on one made by hand: a layer's exchange forward and backward."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NODE = "autograd::engine::evaluate_function: "
+
+
+@pytest.fixture
+def reader() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("trace_reader")
+
+
+def event(name: str, start: float, end: float, sequence: int | None = None, thread: int = 1) -> dict[str, Any]:
+    """Times in milliseconds; a trace has microseconds."""
+    args = {} if sequence is None else {"Sequence number": sequence}
+    return {"ph": "X", "name": name, "tid": thread, "ts": 1000 * (start + 7), "dur": 1000 * (end - start), "args": args}
+
+
+EVENTS = [
+    event("step", 0, 100),
+    event("module: layer 3 qkv_proj", 1, 5),
+    event("states: begin", 6, 7),
+    event("gloo:all_to_all", 6.5, 20, thread=2),
+    event("module: layer 3 output_gate", 8, 12),
+    event("Linear", 9, 10, sequence=40),
+    event("aten::mm", 9.2, 9.8),
+    event("aten::mul", 12, 13),
+    event("_Finish", 14, 23, sequence=41),
+    event("states: finish", 15, 22),
+    event(NODE + "_FinishBackward", 50, 53, sequence=41),
+    event("states: begin", 51, 52),
+    event("gloo:all_to_all", 51.5, 55, thread=3),
+    event(NODE + "LinearBackward", 54, 60, sequence=40),
+    event(NODE + "_BeginBackward", 61, 63, sequence=39),
+    event("states: finish", 62, 62.5),
+]
+
+
+def written(folder: Path, events: list[dict[str, Any]]) -> Path:
+    path = folder / "trace.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    return path
+
+
+def test_exchanges(reader: Any, tmp_path: Path) -> None:
+    forward, backward = reader.Trace(written(tmp_path, EVENTS)).exchanges
+    assert [(e.name, e.layer, e.backward, e.hop) for e in (forward, backward)] == [("states", "3", False, 1), ("states", "3", True, 1)]
+    assert forward.between == pytest.approx({"layer 3 output_gate": 4, "mul": 1})
+    assert backward.between == pytest.approx({"layer 3 output_gate, backward": 6})
+    assert (forward.begun, forward.awaited, forward.finished, forward.lasted, forward.waited) == pytest.approx((6, 15, 22, 14, 5))
+    assert (backward.lasted, backward.waited) == pytest.approx((4, 0))
+
+
+def test_an_exchange_that_is_not_awaited(reader: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="begun and not finished"):
+        reader.Trace(written(tmp_path, EVENTS[:-1]))
