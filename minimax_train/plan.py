@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from minimax_train.model.config import ModelConfig
+from minimax_train.model.recompute import Recompute
 from minimax_train.model.stages import Cut, cut_layers
 from parallel.heads import check_heads
 from parallel.layout import Layout
@@ -60,6 +61,8 @@ class Stage:
     batch_tokens: int
     """Tokens in a global batch: a multiple of length."""
     learning_rate: LearningRate
+    recompute: Recompute = "none"
+    """full: a layer keeps its input alone and runs again in the backward pass; a third more work, for a fraction of the memory."""
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"

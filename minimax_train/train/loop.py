@@ -102,7 +102,7 @@ class _Run:
     def _stage(self, stage: Stage, tick: Any) -> None:
         """The steps that are left of one stage."""
         for decoder in self.trainer.decoders:
-            decoder.rope_base = stage.rope_base
+            decoder.rope_base, decoder.recompute = stage.rope_base, stage.recompute
         data = self.session.groups.data
         source = TrainingRows(self.train_data, seed=self.plan.seed + self.progress.stage, length=stage.length)  # a stage draws anew
         if self.progress.step == 0:
