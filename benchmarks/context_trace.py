@@ -117,7 +117,8 @@ def table(traces: Sequence[Trace], facts: dict[str, Any]) -> str:
         "them has come to it, and most of that wait is the others' compute. The order is the same on a GPU; the shares are not.",
         "",
         "An exchange lasts from its begin to the end of gloo's work; waited is the part in which the thread stood still, for it or for "
-        "another, and the rest lay under compute. Its transfer lasts from when the last rank began it.",
+        "another, and the rest lay under compute. Its transfer lasts from when the last rank began it. The second step of an exchange of "
+        "states (states back) is awaited where it is begun: nothing can run meanwhile.",
         "",
         "## All ranks, all layers",
         "",
