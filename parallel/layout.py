@@ -7,7 +7,7 @@ Exchange = Literal["auto", "gather", "transpose", "pruned"]
 Owners = Literal["zigzag", "balanced"]
 
 DEGREES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
-NOT_YET = ("pipeline", "expert", "expert_tensor")
+NOT_YET = ("pipeline",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Layout:
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    token_groups: int = 0
+    """Groups of tokens whose exchange with the experts overlaps with another group's compute; 0: by the rows an expert gets."""
     key_value: int = 1
     """Of the `context` ranks, so many neighbours (of one node) share out the key-value heads; the ring runs over the rest."""
     exchange: Exchange = "auto"
@@ -42,8 +44,10 @@ class Layout:
                 raise ValueError(f"layout.{name} is {degree}; it must be at least 1")
             if degree > 1 and name in NOT_YET:
                 raise ValueError(
-                    f"layout.{name} is {degree}; this version runs data, tensor and context parallelism: set it to 1 and use those"
+                    f"layout.{name} is {degree}; this version runs data, tensor, context and expert parallelism: set it to 1 and use those"
                 )
+        if self.token_groups < 0:
+            raise ValueError(f"layout.token_groups is {self.token_groups}; use at least 1, or 0 to go by the rows an expert gets")
         if not self.decay_cut > 0:
             raise ValueError(f"layout.decay_cut is {self.decay_cut}; it must be above 0 (104 leaves out nothing that fp32 can hold)")
         if self.context % self.key_value:

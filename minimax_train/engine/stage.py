@@ -47,11 +47,12 @@ def build_stage(
     """The model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
-    backends = best_backends(session.device, torch_dtype, config.head_dim)
+    expert_sizes = (config.hidden_size, config.expert_ffn_size // session.groups.layout.expert_tensor)
+    backends = best_backends(session.device, torch_dtype, config.head_dim, expert_sizes)
     parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends)
     decoder = Decoder(config, parts, fp32_head=fp32_head, rope_base=rope_base)
     if seed is not None:
-        initialise(decoder, config, seed, parts)
+        initialise(decoder, config, seed)
     return PipelineStage(megatron, decoder)
 
 

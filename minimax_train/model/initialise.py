@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.model.config import ModelConfig, deepnorm_beta
-from minimax_train.model.parts import Parts, cut_axis
+from minimax_train.model.parts import part_of, whole_shape
 
 
 def _draw(shape: tuple[int, int], gain: float, seed: int, name: str) -> Tensor:
@@ -40,13 +40,7 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, config: ModelConfig, seed: int, parts: Parts) -> None:
+def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fills every parameter in place: it is drawn whole, and this rank keeps its part."""
     for name, parameter in module.named_parameters():
-        shape, axis = list(parameter.shape), cut_axis(parameter)
-        if axis is None:
-            parameter.copy_(initial_weight(name, tuple(shape), config, seed))
-            continue
-        shape[axis] *= parts.ranks
-        mine = parts.mine(shape[axis])
-        parameter.copy_(initial_weight(name, tuple(shape), config, seed).narrow(axis, mine.start, len(mine)))
+        parameter.copy_(part_of(initial_weight(name, whole_shape(parameter), config, seed), parameter))

@@ -36,16 +36,22 @@ def validation_rows(dataset: TokenDataset, length: int, tokens: int) -> list[Row
 
 @torch.no_grad()
 def score(decoder: Decoder, rows: list[Row], session: Session) -> Score:
-    """Each rank scores its share of the rows; the sums are exact whatever the number of ranks."""
+    """Each rank scores its share of the rows; the sums are exact whatever the number of ranks.
+
+    All ranks run the same number of forward passes, for they may exchange rows with each other's experts: the last may not count.
+    """
     decoder.eval()
     config = decoder.config
     counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64, device=session.device)
     sums = torch.zeros(2, dtype=torch.float64, device=session.device)
     data = session.groups.data
-    for whole in rows[data.rank() :: data.size()]:
-        row = to_row(whole, session)
+    for first in range(0, len(rows), data.size()):
+        mine = first + data.rank()
+        row = to_row(rows[min(mine, len(rows) - 1)], session)
         assert row.labels is not None
         losses, routings = decoder(row)
+        if mine >= len(rows):
+            continue
         sums += torch.stack([losses.double().sum(), (row.labels >= 0).double().sum()])
         counts += torch.stack([r.tokens_per_expert for r in routings])
     total = all_sum(torch.cat([sums, counts.flatten()]), session.groups.data_context).cpu()

@@ -37,14 +37,15 @@ def hybrid() -> Any:
 
 def whole(tensor: Tensor, like: Tensor, joined: Session) -> Tensor:
     """A rank's tensor of the shape of parameter `like` -> the whole parameter's."""
-    from minimax_train.model.parts import cut_axis
+    from minimax_train.model.parts import cuts_of, part_of, whole_shape
 
-    axis, group = cut_axis(like), joined.groups.tensor
-    if axis is None:
+    if not cuts_of(like):
         return tensor.float().clone()
-    pieces = torch.zeros(group.size(), *tensor.shape)
-    pieces[group.rank()] = tensor
-    return torch.cat(all_sum(pieces, group).unbind(), axis)
+    result = torch.zeros(whole_shape(like))
+    places = part_of(torch.arange(result.numel()).view(result.shape), like)
+    result.view(-1)[places.flatten()] = tensor.float().flatten()
+    dense = like.__dict__.get("allreduce", True)
+    return all_sum(result, joined.groups.tensor if dense else joined.groups.expert_block.group)
 
 
 def gathered(trainer: Any, joined: Session, pick: Callable[[nn.Parameter, dict[str, Tensor], slice], Tensor]) -> dict[str, Tensor]:
@@ -156,7 +157,7 @@ def train_on(
                 progress=Progress(step=done + steps),
                 optimizer_steps=optimizer_steps(trainer.optimizer),
             )
-            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
+            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer)
             save(store, sharded, record, joined.groups)
         weights = {name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}
         return Outcome(reports=reports, gradients=first, weights=weights, state=state(), loaded=loaded)
