@@ -206,7 +206,7 @@ def _travel(
         pending = slices.begin_all_to_all(y, trip.gathered, [mine] * slices.size, "scatter" + name)
         meanwhile(number)
         yield
-        summands = pending.finish().view(slices.size, mine, -1)
+        summands = pending.finish().unflatten(0, (slices.size, mine))
         y = summands.sum(0, dtype=torch.promote_types(y.dtype, torch.float32)).to(y.dtype)
     pending = expert.begin_all_to_all(y, trip.receive, trip.send, "combine" + name)
     if slices.size == 1:

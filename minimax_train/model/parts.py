@@ -5,7 +5,7 @@ and how the ranks share it. Between the mixers and in the experts a rank holds i
 in the head, all tokens of the tensor-parallel group, S = tensor * T of them, and its own heads, channels or vocabulary rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -113,9 +113,9 @@ def whole_shape(parameter: Tensor) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def part_of(whole: Tensor, parameter: Tensor) -> Tensor:
-    """The part of `whole` that this rank's `parameter` is."""
-    for cut in cuts_of(parameter):
+def part_of(whole: Tensor, cuts: Iterable[Cut]) -> Tensor:
+    """This rank's part of `whole`."""
+    for cut in cuts:
         matrices = whole.chunk(cut.matrices, cut.axis)
         whole = torch.cat([matrix.chunk(cut.ranks, cut.axis)[cut.rank] for matrix in matrices], cut.axis)
     return whole

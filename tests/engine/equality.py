@@ -42,7 +42,7 @@ def whole(tensor: Tensor, like: Tensor, joined: Session) -> Tensor:
     if not cuts_of(like):
         return tensor.float().clone()
     result = torch.zeros(whole_shape(like))
-    places = part_of(torch.arange(result.numel()).view(result.shape), like)
+    places = part_of(torch.arange(result.numel()).view(result.shape), cuts_of(like))
     result.view(-1)[places.flatten()] = tensor.float().flatten()
     dense = like.__dict__.get("allreduce", True)
     return all_sum(result, joined.groups.tensor if dense else joined.groups.expert_block.group)
