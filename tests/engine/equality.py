@@ -118,18 +118,24 @@ def train_on(
     rows_in_batch: int = ROWS,
     packings: Sequence[Sequence[int]] = (),
     late: bool = False,
+    prepare: Callable[[Any], None] = lambda trainer: None,
 ) -> Outcome:
-    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; after `load`, one step."""
+    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; after `load`, one step.
+
+    `prepare` may change the weights the trainer begins with.
+    """
     torch.set_num_threads(1)
-    plan = little_plan(corpus, model=hybrid(), layout=layout, auxiliary_loss=0.3, **changes)
+    plan = little_plan(corpus, layout=layout, **{"model": hybrid(), "auxiliary_loss": 0.3, **changes})
     with session(layout=layout, place=place, late=late) as joined:
         from minimax_train.checkpoint.shelf import verified_record
         from minimax_train.checkpoint.store import save
-        from minimax_train.engine.state import MOMENTS, model_state, optimizer_state, optimizer_steps
+        from minimax_train.engine.state import MOMENTS, adopt_weights, model_state, optimizer_state, optimizer_steps
         from minimax_train.engine.trainer import Trainer
 
         trainer = Trainer(plan, joined, bucket_size=5000)
         assert min(len(trainer.model.bucket_groups), len(trainer.model.expert_parallel_bucket_groups)) > 3
+        prepare(trainer)
+        adopt_weights(trainer.optimizer)
         done = 0
         if load is not None:
             restore(trainer, Opening(checkpoint=load, record=verified_record(load), resumed=True, notes=[]), plan)
