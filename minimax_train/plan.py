@@ -200,6 +200,7 @@ class Plan:
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"steps is {self.steps}; it must be at least 0")
         self.model.check_tensor(self.layout.tensor)
+        self.model.check_experts(self.layout.expert, self.layout.expert_tensor)
         check_heads(self.model.num_key_value_heads // self.layout.tensor, self.layout.key_value)
         for stage in self.stages:
             self.layout.check_length(f"stage {stage.name!r}: length", stage.length)

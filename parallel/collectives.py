@@ -43,6 +43,24 @@ class Pending:
         return self._result
 
 
+class OnHost:
+    """A copy of a tensor on its way to the host: asynchronous on a GPU, and `finish` waits for it alone."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._event = None
+        self._copy = x
+        if x.device.type == "cuda":
+            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def finish(self) -> Tensor:
+        """The copy, on the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy
+
+
 class Channel:
     """One process group for exchanges that overlap with compute. It counts, by name, what this rank sends to others.
 

@@ -26,6 +26,12 @@ class Groups:
     """Ranks that hold the layers, each some, of one copy of the model, and work on the same rows."""
     expert_data: dist.ProcessGroup
     """Ranks with the same experts: what gradients of expert weights are summed over."""
+    expert: Channel
+    """Ranks with different experts, and the same slice of them."""
+    expert_tensor: Channel
+    """Ranks with different slices of the same experts."""
+    expert_block: Channel
+    """Both: ranks that hold every expert once, expert-tensor ranks counted first."""
     context: Channel
     key_value: Channel
     """Neighbours among the context ranks that share out the key-value heads."""
@@ -76,6 +82,9 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
         tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
+        expert=Channel(parallel_state.get_expert_model_parallel_group(), late=late),
+        expert_tensor=Channel(parallel_state.get_expert_tensor_parallel_group(), late=late),
+        expert_block=Channel(parallel_state.get_expert_tensor_and_model_parallel_group(), late=late),
         context=Channel(context, late=late),
         key_value=Channel(key_value, late=late),
         ring=Channel(ring, late=late),
@@ -86,7 +95,8 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
 
 def _warm(groups: Groups) -> None:
     """Connects every group now, in one order on all ranks: NCCL connects at the first use, and ranks that meet in different orders hang."""
-    exchanges = [channel.group for channel in (groups.context, groups.key_value, groups.ring)]
+    experts = (groups.expert, groups.expert_tensor, groups.expert_block)
+    exchanges = [channel.group for channel in (*experts, groups.context, groups.key_value, groups.ring)]
     shared = [groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.pipeline, groups.expert_data]
     for group in (*shared, *exchanges):
         if group.size() > 1:

@@ -7,7 +7,6 @@ Exchange = Literal["auto", "gather", "transpose", "pruned"]
 Owners = Literal["zigzag", "balanced"]
 
 DEGREES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
-NOT_YET = ("expert", "expert_tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +26,8 @@ class Layout:
     expert_tensor: int = 1
     virtual_pipeline: int = 1
     """Chunks of layers that a pipeline rank holds, far apart in the model: interleaved 1F1B, with a bubble so many times shorter."""
+    token_groups: int = 0
+    """Groups of tokens whose exchange with the experts overlaps with another group's compute; 0: by the rows an expert gets."""
     key_value: int = 1
     """Of the `context` ranks, so many neighbours (of one node) share out the key-value heads; the ring runs over the rest."""
     exchange: Exchange = "auto"
@@ -42,14 +43,12 @@ class Layout:
             degree = getattr(self, name)
             if degree < 1:
                 raise ValueError(f"layout.{name} is {degree}; it must be at least 1")
-            if degree > 1 and name in NOT_YET:
-                raise ValueError(
-                    f"layout.{name} is {degree}; this version does not share out experts: set it to 1 and use the other degrees"
-                )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             raise ValueError(
                 f"layout.virtual_pipeline is {self.virtual_pipeline}, layout.pipeline 1: only pipeline ranks take turns; set it to 1"
             )
+        if self.token_groups < 0:
+            raise ValueError(f"layout.token_groups is {self.token_groups}; use at least 1, or 0 to go by the rows an expert gets")
         if not self.decay_cut > 0:
             raise ValueError(f"layout.decay_cut is {self.decay_cut}; it must be above 0 (104 leaves out nothing that fp32 can hold)")
         if self.context % self.key_value:

@@ -51,14 +51,14 @@ class Totals:
     """Layers x experts: the share of choices each expert got."""
 
 
-def run_batch(chunks: list[DistributedDataParallel], rows: Sequence[Row], *, coefficient: float, forward_only: bool) -> list[Report]:
+def run_batch(
+    chunks: list[DistributedDataParallel], rows: Sequence[Row], *, coefficient: float, forward_only: bool, counted: int | None = None
+) -> list[Report]:
     """This rank's rows through its chunks of the layers: forward, and backward into the gradient buffers.
 
     Training rows have one length; forward alone takes any rows, whose shapes then travel ahead of them. `coefficient`: of the auxiliary
-    loss. The reports are this rank's own, of every row and chunk.
+    loss. The reports are this rank's own, of every chunk and of the first `counted` rows (None: all).
     """
-    if not rows:
-        return []  # held-out rows that did not go round; all ranks of a pipeline have the same
     ranks, config = chunks[0].config.pipeline_model_parallel_size, chunks[0].config
     missing = -len(rows) % ranks if forward_only and len(chunks) > 1 else 0
     filled = [*rows, *repeat(rows[-1], missing)]  # interleaving goes round in groups of `ranks`; what fills up is not reported
@@ -73,7 +73,7 @@ def run_batch(chunks: list[DistributedDataParallel], rows: Sequence[Row], *, coe
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return [report for of_chunk in reports.values() for report in of_chunk[: len(rows)]]
+    return [report for of_chunk in reports.values() for report in of_chunk[: len(rows) if counted is None else counted]]
 
 
 def _forward_step(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minimax_train.kernels.choice import Backends
 from minimax_train.kernels.cross_entropy import Part, linear_cross_entropy
 from minimax_train.model.config import ModelConfig
+from minimax_train.model.parts import Cut
 from parallel.collectives import Channel, all_sum
 from parallel.groups import Groups
 
@@ -137,39 +138,51 @@ class MegatronParts:
 
     def sharded(self, size: int, *, dtype: torch.dtype) -> nn.Parameter:
         weight = nn.Parameter(torch.empty(len(self.mine(size)), dtype=dtype, device=self.device))
-        set_tensor_model_parallel_attributes(weight, True, 0, 1)
+        self._mark(weight, 0)
         return weight
 
-    def experts(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
-        """Reduced over groups.expert_data, which has the tensor-parallel ranks in it: they saw other tokens.
+    def experts(self, *shape: int, axis: int, matrices: int = 1, dtype: torch.dtype) -> nn.Parameter:
+        """Reduced over groups.expert_data: ranks with the same part of them, the tensor-parallel ranks of other blocks among them.
 
-        `tensor_model_parallel` although they are whole: the optimizer cuts them over that group, so that the gradient norm must count
-        every rank's range; else it would take tensor rank 0's alone.
+        `tensor_model_parallel` at every layout, for the gradient norm takes what is not from tensor rank 0 alone. Every number of an expert
+        is in one rank's range of the optimizer: of the ranks that hold it, expert_data, each has another range.
         """
-        weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.device))
+        expert, slices = self.groups.expert, self.groups.expert_tensor
+        first = Cut(axis=0, rank=expert.rank, ranks=expert.size)
+        second = Cut(axis=axis, rank=slices.rank, ranks=slices.size, matrices=matrices)
+        local = list(shape)
+        for cut in (first, second):
+            local[cut.axis] = divide(local[cut.axis], cut.ranks)
+        weight = nn.Parameter(torch.empty(local, dtype=dtype, device=self.device))
         weight.allreduce, weight.tensor_model_parallel = False, True  # type: ignore[attr-defined]
+        weight.cuts = (first, second)  # type: ignore[attr-defined]
         return weight
+
+    def _mark(self, weight: nn.Parameter, axis: int) -> None:
+        """Says, to megatron-core and to us, that the weight is cut over the tensor-parallel group."""
+        set_tensor_model_parallel_attributes(weight, True, axis, 1)
+        weight.cuts = (Cut(axis=axis, rank=self.groups.tensor.rank(), ranks=self.ranks),)  # type: ignore[attr-defined]
 
     def _common(self) -> dict[str, Any]:
         return {"config": self.config, "init_method": self.config.init_method, "tp_group": self.groups.tensor}
 
     def column(self, inputs: int, outputs: int) -> nn.Module:
         linear = Column(inputs, outputs, bias=False, gather_output=False, **self._common())
-        set_tensor_model_parallel_attributes(linear.weight, True, 0, 1)
+        self._mark(linear.weight, 0)
         return linear
 
     def row(self, inputs: int, outputs: int) -> nn.Module:
         linear = Row(inputs, outputs, bias=False, input_is_parallel=True, skip_bias_add=False, **self._common())
-        set_tensor_model_parallel_attributes(linear.weight, True, 1, 1)
+        self._mark(linear.weight, 1)
         return linear
 
     def head(self, inputs: int, outputs: int, *, fp32: bool) -> nn.Module:
         head = Head(inputs, outputs, bias=False, gather_output=False, **self._common())
         head.fp32 = fp32
-        set_tensor_model_parallel_attributes(head.weight, True, 0, 1)
+        self._mark(head.weight, 0)
         return head
 
     def embedding(self, rows: int, size: int) -> nn.Module:
         embedding = Embedding(rows, size, reduce_scatter_embeddings=self.config.sequence_parallel, **self._common())
-        set_tensor_model_parallel_attributes(embedding.weight, True, 0, 1)
+        self._mark(embedding.weight, 0)
         return embedding

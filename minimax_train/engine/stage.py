@@ -95,13 +95,14 @@ def build_stages(
     """The layers that this rank holds, chunk by chunk; a weight is the same whichever rank draws it."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
-    backends = best_backends(session.device, torch_dtype, config.head_dim)
+    expert_sizes = (config.hidden_size, config.expert_ffn_size // session.groups.layout.expert_tensor)
+    backends = best_backends(session.device, torch_dtype, config.head_dim, expert_sizes)
     parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends)
     stages = []
     for chunk, layers in enumerate(chunks):
         decoder = Decoder(config, parts, layers=layers, fp32_head=fp32_head, rope_base=rope_base)
         if seed is not None:
-            initialise(decoder, config, seed, parts)
+            initialise(decoder, config, seed)
         stages.append(PipelineStage(megatron, decoder, chunk))
     return stages
 

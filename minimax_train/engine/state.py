@@ -1,10 +1,11 @@
 """Weights and optimizer state as named, sharded tensors, for megatron-core's dist_checkpointing.
 
 Names are global and say nothing of the layout: `model.NAME` is the whole parameter; `optimizer.{param,exp_avg,exp_avg_sq}.NAME` are
-fp32 and of the whole parameter too, flattened, but for the weights that tensor parallelism cuts along their columns (out_proj, o_proj).
-A distributed optimizer's shard is a range of the rank's flattened parameter: in the flattened whole that is a range as well, but not
-where columns are cut; there it is up to three rectangles (the end of a row, whole rows, the beginning of one). megatron-core's own
-optimizer formats are not used: its reshardable one corrupts weights with several padded buckets, its other one follows the buckets.
+fp32 and of the whole parameter too, flattened, but for the weights that a layout can cut along another axis than the first (out_proj,
+o_proj, experts): these are `[rows, columns]`, the columns being what lies from that axis on, of one of the matrices stacked along it. A
+distributed optimizer's shard is a range of the rank's flattened parameter: in the flattened whole that is a range as well, but not where
+columns are cut; there it is up to three rectangles (the end of a row, whole rows, the beginning of one). megatron-core's own optimizer
+formats are not used: its reshardable one corrupts weights with several padded buckets, its other one follows the buckets.
 """
 
 import math
@@ -17,7 +18,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from minimax_train.model.parts import cut_axis
+from minimax_train.model.parts import Cut, cuts_of
 from parallel.groups import Groups
 
 MOMENTS = ("param", "exp_avg", "exp_avg_sq")
@@ -26,22 +27,30 @@ Sharded = dict[str, ShardedTensor]
 
 def model_state(decoder: nn.Module, groups: Groups) -> Sharded:
     """The weights under their global names; of the ranks with the same part, one is marked as the one that writes."""
-    state, rank = {}, groups.tensor.rank()
+    state = {}
     for name, parameter in decoder.named_parameters():
-        axis = cut_axis(parameter)
-        cut = [] if axis is None else [(axis, rank, groups.tensor.size())]
-        replica = (rank if axis is None else 0, groups.data_context.rank())
-        state[f"model.{name}"] = ShardedTensor.from_rank_offsets(f"model.{name}", parameter.data, *cut, replica_id=replica)
+        key, cuts = f"model.{name}", cuts_of(parameter)
+        if getattr(parameter, "allreduce", True):
+            replica = (0 if cuts else groups.tensor.rank(), groups.data_context.rank())
+        else:
+            replica = (0, groups.expert_data.rank())
+        stacked = next((cut for cut in cuts if cut.matrices > 1 and cut.ranks > 1), None)
+        matrices = parameter.data.chunk(stacked.matrices, stacked.axis) if stacked else [parameter.data]
+        for number, matrix in enumerate(matrices):  # a rank's slices of stacked matrices do not lie side by side in the whole
+            places = [
+                (c.axis, number * c.ranks + c.rank, c.matrices * c.ranks) if c is stacked else (c.axis, c.rank, c.ranks) for c in cuts
+            ]
+            state[f"{key}/{number}" if stacked else key] = ShardedTensor.from_rank_offsets(key, matrix, *places, replica_id=replica)
     return state
 
 
-def optimizer_state(decoder: nn.Module, optimizer: MegatronOptimizer, groups: Groups) -> Sharded:
+def optimizer_state(decoder: nn.Module, optimizer: MegatronOptimizer) -> Sharded:
     """This rank's part of fp32 weights and moments; the tensors are the optimizer's own, so that loading fills them in place."""
     state = {}
     for name, parameter, shard, start in _shards(decoder, optimizer):
         for kind in MOMENTS:
             key, tensor = f"optimizer.{kind}.{name}", shard[kind].detach()
-            for number, box in enumerate(_boxes(parameter, start, start + len(tensor), groups)):
+            for number, box in enumerate(_boxes(parameter, start, start + len(tensor))):
                 data = tensor[box.first : box.first + math.prod(box.shape)].view(box.shape)
                 state[f"{key}/{number}"] = ShardedTensor(
                     key, data, data.dtype, box.shape, box.whole, box.offset, axis_fragmentations=None
@@ -60,21 +69,24 @@ class _Box:
     whole: tuple[int, ...]
 
 
-def _boxes(parameter: Tensor, start: int, end: int, groups: Groups) -> Iterator[_Box]:
+def _boxes(parameter: Tensor, start: int, end: int) -> Iterator[_Box]:
     """The range [start, end) of a rank's flattened parameter as boxes of the whole parameter."""
-    axis, rank, ranks = cut_axis(parameter), groups.tensor.rank(), groups.tensor.size()
-    if axis in (None, 0):
-        pieces = 1 if axis is None else ranks
-        offset = 0 if axis is None else rank * parameter.numel()
-        yield _Box(first=0, shape=(end - start,), offset=(offset + start,), whole=(pieces * parameter.numel(),))
+    uncut = Cut(axis=0, rank=0, ranks=1)
+    first = next((cut for cut in cuts_of(parameter) if cut.axis == 0), uncut)
+    inner = next((cut for cut in cuts_of(parameter) if cut.axis > 0), None)
+    if inner is None:
+        size = parameter.numel()
+        yield _Box(first=0, shape=(end - start,), offset=(first.rank * size + start,), whole=(first.ranks * size,))
         return
-    rows, columns = parameter.shape
+    columns = math.prod(parameter.shape[inner.axis :]) // inner.matrices
+    rows = parameter.numel() // columns
+    whole = (first.ranks * rows, inner.ranks * columns)
     at = start
     while at < end:
         row, column = divmod(at, columns)
         whole_rows = 0 if column else (end - at) // columns
         shape = (whole_rows, columns) if whole_rows else (1, min(columns - column, end - at))
-        yield _Box(first=at - start, shape=shape, offset=(row, rank * columns + column), whole=(rows, ranks * columns))
+        yield _Box(first=at - start, shape=shape, offset=(first.rank * rows + row, inner.rank * columns + column), whole=whole)
         at += shape[0] * shape[1]
 
 

@@ -76,12 +76,13 @@ class Trainer:
         return total(reports, self.plan.model, self.session.groups, self.session.device)
 
     @torch.no_grad()
-    def score(self, rows: list[Row]) -> Totals:
-        """What held-out rows say, of any number and lengths; ranks that share no row may have fewer."""
+    def score(self, rows: list[Row], counted: int) -> Totals:
+        """What the first `counted` held-out rows say, of any lengths. Every rank goes through the same number of rows, for ranks exchange
+        tokens with each other's experts."""
         self.settle()
         for chunk in self.chunks:
             chunk.eval()
-        reports = run_batch(self.chunks, rows, coefficient=0.0, forward_only=True)
+        reports = run_batch(self.chunks, rows, coefficient=0.0, forward_only=True, counted=counted)
         return total(reports, self.plan.model, self.session.groups, self.session.device)
 
     def settle(self) -> None:

@@ -70,6 +70,13 @@ class ModelConfig:
                     f"layout.tensor is {ranks}, which does not divide model.{name} {size}: use a divisor of {math.gcd(*sizes.values())}"
                 )
 
+    def check_experts(self, expert: int, expert_tensor: int) -> None:
+        """ValueError where `expert` ranks cannot have as many experts each, or `expert_tensor` ranks equal slices of one."""
+        for degree, ranks, name in (("expert", expert, "num_experts"), ("expert_tensor", expert_tensor, "expert_ffn_size")):
+            size = getattr(self, name)
+            if size % ranks:
+                raise ValueError(f"layout.{degree} is {ranks}, which does not divide model.{name} {size}: use a divisor of {size}")
+
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of every layer, in order."""

@@ -4,17 +4,34 @@ y = sum_k p_k * W_2( SiLU(W_1 x) * (W_3 x) ), k and p_k by the router
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from minimax_train.kernels.grouped_linear import rows_multiple
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.parts import Parts
 from minimax_train.model.router import Router, Routing
+from minimax_train.model.swiglu import SwiGLU
+from parallel.experts import experts_over_ranks, plan_journey
+
+
+class _Spread(torch.autograd.Function):
+    """rows[i] = x[order[i] // choices]; its backward gathers by the inverse and adds a token's choices: deterministic, without atomics."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.tokens = len(x)  # type: ignore[attr-defined]
+        return x.index_select(0, order // (len(order) // len(x)))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grads[0].index_select(0, inverse).unflatten(0, (ctx.tokens, -1)).sum(1), None, None  # type: ignore[attr-defined]
 
 
 class _Permute(torch.autograd.Function):
-    """y[i] = x[order[i]] for a permutation: its backward is the inverse gather, deterministic and without atomics."""
+    """y[i] = x[order[i]] for a permutation: its backward is the inverse gather."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -28,30 +45,27 @@ class _Permute(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """Router and experts of one layer. Weights are stacked over experts: gate_up `[E, 2f, hidden]` (gate first), down `[E, hidden, f]`."""
+    """Router and experts of one layer. Weights are stacked over experts: gate_up `[E, 2f, hidden]` (gate first), down `[E, hidden, f]`.
+
+    Of these a rank holds its experts and its slice of their width f, gate's and up's alike.
+    """
 
     def __init__(self, config: ModelConfig, parts: Parts) -> None:
         super().__init__()
         self.router = Router(config, parts)
         count, hidden, ffn = config.num_experts, config.hidden_size, config.expert_ffn_size
-        self.gate_up = parts.experts(count, 2 * ffn, hidden, dtype=parts.dtype)
-        self.down = parts.experts(count, hidden, ffn, dtype=parts.dtype)
+        self.count, self.groups = count, parts.groups
+        self.compute = SwiGLU(backend=parts.backends.experts)
+        self.gate_up = parts.experts(count, 2 * ffn, hidden, axis=1, matrices=2, dtype=parts.dtype)
+        self.down = parts.experts(count, hidden, ffn, axis=2, dtype=parts.dtype)
 
     def forward(self, x_TC: Tensor) -> tuple[Tensor, Routing]:
-        """`[T, hidden]` -> `[T, hidden]`, every choice computed (dropless)."""
+        """`[T, hidden]` -> `[T, hidden]`, every choice computed (dropless). All ranks of the block call it together."""
         weight_TK, expert_TK, routing = self.router(x_TC)
-        choices = expert_TK.shape[1]
-        order = expert_TK.flatten().argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        rows = _Permute.apply(x_TC.repeat_interleave(choices, dim=0), order, inverse)
-        rows = _Permute.apply(self.compute(rows, routing.here.tolist()), inverse, order)
+        groups, multiple = self.groups.layout.token_groups, rows_multiple(self.compute.backend)
+        journey = plan_journey(expert_TK, self.count, self.groups, token_groups=groups, multiple=multiple)
+        rows = _Spread.apply(x_TC, journey.order, journey.inverse)
+        rows = experts_over_ranks(rows, (self.gate_up, self.down), self.compute, journey, self.groups)
+        rows = _Permute.apply(rows, journey.inverse, journey.order)
         y_TC = (rows.view(*expert_TK.shape, -1) * weight_TK[..., None].to(rows.dtype)).sum(dim=1)
         return y_TC, routing
-
-    def compute(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """SwiGLU of rows sorted by expert, `counts` of them each; an expert without rows still gets a true zero gradient."""
-        outputs = []
-        for x, gate_up, down in zip(rows.split(counts), self.gate_up.unbind(), self.down.unbind(), strict=True):
-            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate) * up, down))
-        return torch.cat(outputs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.model.config import ModelConfig, deepnorm_beta
-from minimax_train.model.parts import Parts, cut_axis
+from minimax_train.model.parts import cuts_of, part_of, whole_shape
 
 
 def _draw(shape: tuple[int, int], gain: float, seed: int, name: str) -> Tensor:
@@ -21,15 +21,16 @@ def _draw(shape: tuple[int, int], gain: float, seed: int, name: str) -> Tensor:
     return torch.randn(shape, generator=generator) * (gain * (2.0 / sum(shape)) ** 0.5)
 
 
-def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> Tensor:
-    """The whole fp32 tensor called `name` (as in `Decoder.named_parameters`) at step 0."""
+def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int, *, experts: range | None = None) -> Tensor:
+    """The whole fp32 tensor called `name` (as in `Decoder.named_parameters`) of shape `shape` at step 0; of stacked experts only
+    `experts`, where given."""
     beta = deepnorm_beta(config.num_layers)
     if len(shape) == 1:
         return torch.ones(shape)
     if len(shape) == 3:  # experts, stacked: gate and up (two matrices), or down
         matrices = 2 if name.endswith("gate_up") else 1
-        part = (shape[1] // matrices, shape[2])
-        return torch.stack([torch.cat([_draw(part, beta, seed, f"{name}/{e}/{m}") for m in range(matrices)]) for e in range(shape[0])])
+        part, drawn = (shape[1] // matrices, shape[2]), experts or range(shape[0])
+        return torch.stack([torch.cat([_draw(part, beta, seed, f"{name}/{e}/{m}") for m in range(matrices)]) for e in drawn])
     if name.endswith("qkv_proj.weight"):  # head-major [q|k|v]: three matrices with a gain each, interleaved by head
         heads, size = config.num_attention_heads, config.head_dim
         matrix = (heads * size, shape[1])
@@ -40,13 +41,11 @@ def initial_weight(name: str, shape: tuple[int, ...], config: ModelConfig, seed:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, config: ModelConfig, seed: int, parts: Parts) -> None:
-    """Fills every parameter in place: it is drawn whole, and this rank keeps its part."""
+def initialise(module: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fills every parameter in place: it is drawn whole, and this rank keeps its part; of the experts a rank draws its own alone."""
     for name, parameter in module.named_parameters():
-        shape, axis = list(parameter.shape), cut_axis(parameter)
-        if axis is None:
-            parameter.copy_(initial_weight(name, tuple(shape), config, seed))
-            continue
-        shape[axis] *= parts.ranks
-        mine = parts.mine(shape[axis])
-        parameter.copy_(initial_weight(name, tuple(shape), config, seed).narrow(axis, mine.start, len(mine)))
+        cuts, experts, held = cuts_of(parameter), None, len(parameter)
+        if parameter.dim() == 3:
+            first, cuts = cuts[0], cuts[1:]
+            experts = range(first.rank * held, (first.rank + 1) * held)
+        parameter.copy_(part_of(initial_weight(name, whole_shape(parameter), config, seed, experts=experts), cuts))

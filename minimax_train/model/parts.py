@@ -5,7 +5,8 @@ and how the ranks share it. Between the mixers and in the experts a rank holds i
 in the head, all tokens of the tensor-parallel group, S = tensor * T of them, and its own heads, channels or vocabulary rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -81,12 +82,40 @@ class Parts(Protocol):
         """A weight `[size / tensor]`: the channels of this rank's heads; not yet filled."""
         ...
 
-    def experts(self, *shape: int, dtype: torch.dtype) -> nn.Parameter:
-        """A weight of the experts, experts first; not yet filled."""
+    def experts(self, *shape: int, axis: int, matrices: int = 1, dtype: torch.dtype) -> nn.Parameter:
+        """A weight of the experts, of whole shape `shape`, experts first; not yet filled. This rank has its experts, and of them its
+        slice along `axis`, along which `matrices` matrices are stacked: it has a slice of each."""
         ...
 
 
-def cut_axis(parameter: Tensor) -> int | None:
-    """The axis along which a parameter is this rank's part of the whole (megatron-core's attribute); None where it is the whole."""
-    axis: int = getattr(parameter, "partition_dim", -1)
-    return axis if axis >= 0 else None
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A parameter is one rank's part of the whole along an axis."""
+
+    axis: int
+    rank: int
+    ranks: int
+    matrices: int = 1
+    """So many matrices are stacked along the axis, and the rank has its part of each."""
+
+
+def cuts_of(parameter: Tensor) -> tuple[Cut, ...]:
+    """How a parameter is cut over the ranks, by axis (the maker's attribute `cuts`); () where every rank has the whole."""
+    cuts: tuple[Cut, ...] = getattr(parameter, "cuts", ())
+    return cuts
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter."""
+    shape = list(parameter.shape)
+    for cut in cuts_of(parameter):
+        shape[cut.axis] *= cut.ranks
+    return tuple(shape)
+
+
+def part_of(whole: Tensor, cuts: Iterable[Cut]) -> Tensor:
+    """This rank's part of `whole`."""
+    for cut in cuts:
+        matrices = whole.chunk(cut.matrices, cut.axis)
+        whole = torch.cat([matrix.chunk(cut.ranks, cut.axis)[cut.rank] for matrix in matrices], cut.axis)
+    return whole

@@ -153,7 +153,7 @@ class _Run:
         )
         save(
             final,
-            model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer, self.session.groups),
+            model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer),
             record,
             self.session.groups,
         )
@@ -211,6 +211,7 @@ class _Run:
             "precision": self.plan.precision,
             "lightning_backend": self.trainer.decoders[0].backends.lightning,
             "softmax_backend": self.trainer.decoders[0].backends.softmax,
+            "experts_backend": self.trainer.decoders[0].backends.experts,
             "torch": torch.__version__,
             "megatron_core": version("megatron-core"),
             "parameters": count.total,

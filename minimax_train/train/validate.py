@@ -20,6 +20,11 @@ def validation_rows(dataset: TokenDataset, length: int, tokens: int) -> list[Row
 
 
 def score(trainer: Trainer, rows: list[Row]) -> Totals:
-    """Each data-parallel rank scores its share of the rows; the sums are exact whatever the layout."""
+    """Each data-parallel rank scores its share of the rows; the sums are exact whatever the layout.
+
+    Where the rows do not go round, the last one keeps the other ranks company and is not counted again.
+    """
     data = trainer.session.groups.data
-    return trainer.score([to_row(row, trainer.session) for row in rows[data.rank() :: data.size()]])
+    mine = rows[data.rank() :: data.size()]
+    company = rows[-1:] if len(mine) * data.size() < len(rows) or not mine else []
+    return trainer.score([to_row(row, trainer.session) for row in (*mine, *company)], counted=len(mine))

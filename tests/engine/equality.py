@@ -39,14 +39,15 @@ def hybrid() -> Any:
 
 def whole(tensor: Tensor, like: Tensor, joined: Session) -> Tensor:
     """A rank's tensor of the shape of parameter `like` -> the whole parameter's."""
-    from minimax_train.model.parts import cut_axis
+    from minimax_train.model.parts import cuts_of, part_of, whole_shape
 
-    axis, group = cut_axis(like), joined.groups.tensor
-    if axis is None:
+    if not cuts_of(like):
         return tensor.float().clone()
-    pieces = torch.zeros(group.size(), *tensor.shape)
-    pieces[group.rank()] = tensor
-    return torch.cat(all_sum(pieces, group).unbind(), axis)
+    result = torch.zeros(whole_shape(like))
+    places = part_of(torch.arange(result.numel()).view(result.shape), cuts_of(like))
+    result.view(-1)[places.flatten()] = tensor.float().flatten()
+    dense = like.__dict__.get("allreduce", True)
+    return all_sum(result, joined.groups.tensor if dense else joined.groups.expert_block.group)
 
 
 def of_all_stages(held: dict[str, Tensor], joined: Session) -> dict[str, Tensor]:
@@ -127,14 +128,18 @@ def train_on(
     packings: Sequence[Sequence[int]] = (),
     late: bool = False,
     recompute: Recompute = "none",
+    prepare: Callable[[Any], None] = lambda trainer: None,
 ) -> Outcome:
-    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; after `load`, one step."""
+    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; after `load`, one step.
+
+    `prepare` may change the weights the trainer begins with.
+    """
     torch.set_num_threads(1)
-    plan = little_plan(corpus, model=hybrid(), layout=layout, auxiliary_loss=0.3, **changes)
+    plan = little_plan(corpus, layout=layout, **{"model": hybrid(), "auxiliary_loss": 0.3, **changes})
     with session(layout=layout, place=place, late=late) as joined:
         from minimax_train.checkpoint.shelf import verified_record
         from minimax_train.checkpoint.store import save
-        from minimax_train.engine.state import MOMENTS, model_state, optimizer_state, optimizer_steps
+        from minimax_train.engine.state import MOMENTS, adopt_weights, model_state, optimizer_state, optimizer_steps
         from minimax_train.engine.trainer import Trainer
 
         trainer = Trainer(plan, joined, bucket_size=5000 // layout.chunks)
@@ -143,6 +148,8 @@ def train_on(
                 assert min(len(chunk.bucket_groups), len(chunk.expert_parallel_bucket_groups)) > min(3, len(decoder.blocks))
         for decoder in trainer.decoders:
             decoder.recompute = recompute
+        prepare(trainer)
+        adopt_weights(trainer.optimizer)
         done = 0
         if load is not None:
             restore(trainer, Opening(checkpoint=load, record=verified_record(load), resumed=True, notes=[]), plan)
@@ -170,7 +177,7 @@ def train_on(
                 progress=Progress(step=done + steps),
                 optimizer_steps=optimizer_steps(trainer.optimizer),
             )
-            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
+            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer)
             save(store, sharded, record, joined.groups)
         weights = of_all_stages({name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}, joined)
         return Outcome(reports=reports, gradients=first, weights=weights, state=state(), loaded=loaded)

@@ -88,7 +88,7 @@ def load_an_older_one(place: Place, corpus: Path, checkpoint: Path) -> str:
 
         trainer = Trainer(little_plan(corpus, model=hybrid()), joined)
         prepare_optimizer(trainer.optimizer)
-        state = optimizer_state(trainer.decoder, trainer.optimizer, joined.groups)
+        state = optimizer_state(trainer.decoder, trainer.optimizer)
         numbers = state[f"{flat}/0"].data.numel()
         old = ShardedTensor(flat, torch.zeros(numbers), torch.float32, (numbers,), (numbers,), (0,), None)
         write_tensors({**state, f"{flat}/0": old}, checkpoint)

@@ -166,7 +166,8 @@ def test_calls_by_the_book(
 def test_choice(installed: Installed) -> None:
     """By device, dtype, head size, generation of the GPU, and what is installed."""
     installed()
-    assert best_backends(CUDA, torch.bfloat16, 128) == Backends(lightning="definition", softmax="sdpa")
+    assert best_backends(CUDA, torch.bfloat16, 128) == Backends(lightning="definition", softmax="sdpa", experts="grouped")
+    assert best_backends(CUDA, torch.bfloat16, 128, (64, 12)).experts == "loop"
     everything = ("torch.nn.attention.varlen", "transformer_engine", "flash_attn", "flash_attn_interface", "triton")
     for count, backend in ((1, "varlen"), (2, "te"), (3, "flash")):
         installed(*everything[:count])

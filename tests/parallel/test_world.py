@@ -44,13 +44,15 @@ def test_layouts() -> None:
     for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
         with pytest.raises(ValueError, match=f"layout.{name} is 0"):
             Layout(**{name: 0})
-    for name in ("expert", "expert_tensor"):
-        with pytest.raises(ValueError, match=f"layout.{name} is 2; this version"):
-            Layout(**{name: 2})
+    with pytest.raises(ValueError, match=r"layout.token_groups is -1; use at least 1, or 0"):
+        Layout(token_groups=-1)
     layout = Layout(tensor=2, context=4)
     assert (layout.data(16), layout.pieces, Layout().pieces) == (2, 8, 1)
     with pytest.raises(ValueError, match=r"12 ranks .* pipeline\*context\*tensor = 8"):
         layout.data(12)
+    assert Layout(expert=4, expert_tensor=2, tensor=2).data(16) == 8
+    with pytest.raises(ValueError, match=r"12 ranks .* pipeline\*expert\*expert_tensor = 8"):
+        Layout(expert=4, expert_tensor=2, tensor=2).data(12)
     with pytest.raises(ValueError, match=r"layout.key_value is 3, layout.context 4"):
         Layout(context=4, key_value=3)
     with pytest.raises(ValueError, match=r"layout.decay_cut is 0"):

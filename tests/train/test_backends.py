@@ -45,10 +45,11 @@ def test_run_json_says_what_the_layers_run(corpus: Path, tmp_path: Path, alone: 
     monkeypatch.setattr(Metrics, "say", lambda self, line: said.append(line))
     train(little_plan(corpus, steps=1), tmp_path / "run", alone)
 
-    assert asked == [(torch.device("cpu"), torch.float32, little_model().head_dim)], "chosen once, for this model"
+    assert asked == [(torch.device("cpu"), torch.float32, little_model().head_dim, (32, 24))], "chosen once, for this model"
     assert set(called) == {chosen.lightning, chosen.softmax}
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["lightning_backend"], facts["softmax_backend"]) == (chosen.lightning, chosen.softmax)
+    assert facts["experts_backend"] == chosen.experts
     assert f"attention backends: lightning {chosen.lightning}, softmax {chosen.softmax}" in said
 
 

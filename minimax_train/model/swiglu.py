@@ -1,0 +1,50 @@
+"""SwiGLU experts as parallel.experts wants them: y = W_2( SiLU(W_1 x) * (W_3 x) ), forward and backward in steps.
+
+Kept for backward are the rows x and [W_1 x; W_3 x], (hidden + 2 f) numbers a row; SiLU and products are computed again. With all that
+autograd would keep it were hidden + 5 f. (f: this rank's share of the expert's width.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimax_train.kernels.grouped_linear import (
+    Bounds,
+    grouped_linear,
+    grouped_linear_input_gradient,
+    grouped_linear_weight_gradient,
+)
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGLU:
+    """parallel.experts.Compute with weights (gate_up `[E, 2f, hidden]`, gate first, down `[E, hidden, f]`)."""
+
+    backend: str
+    """Of kernels.grouped_linear."""
+
+    def outputs(self, rows: Tensor, counts: Sequence[int], weights: Tensors) -> tuple[Tensor, Tensors]:
+        gate_up, down = weights
+        bounds = Bounds(counts, rows.device, self.backend)
+        hidden = grouped_linear(rows, gate_up, bounds)
+        gate, up = hidden.chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate) * up, down, bounds), (rows, hidden)
+
+    def input_gradient(self, gradient: Tensor, counts: Sequence[int], weights: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
+        (gate_up, down), (rows, hidden) = weights, kept
+        bounds = Bounds(counts, rows.device, self.backend)
+        gate, up = hidden.chunk(2, dim=-1)
+        active = F.silu(gate)
+        d_product = grouped_linear_input_gradient(gradient, down, bounds)
+        d_hidden = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * active], dim=-1)
+        return grouped_linear_input_gradient(d_hidden, gate_up, bounds), (gradient, active * up, d_hidden, rows)
+
+    def weight_gradients(self, counts: Sequence[int], kept: Tensors) -> Tensors:
+        gradient, product, d_hidden, rows = kept
+        bounds = Bounds(counts, rows.device, self.backend)
+        return grouped_linear_weight_gradient(d_hidden, rows, bounds), grouped_linear_weight_gradient(gradient, product, bounds)

@@ -1,0 +1,204 @@
+"""Expert parallelism changes nothing: losses, every gradient, their norm, the auxiliary loss, optimizer steps, checkpoints.
+
+Numbers of issues are NVIDIA/Megatron-LM's: ways in which counting over experts has gone wrong there.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minimax_train.engine.session import session
+from parallel.layout import Layout
+from parallel.testing import run_ranks
+from parallel.world import Place
+from tests.engine.equality import STEPS, Outcome, hybrid, same, train, train_on
+from tests.support import little_model, little_plan
+
+RUNS: dict[str, tuple[int, Layout]] = {
+    "one": (1, Layout()),
+    "expert2": (2, Layout(expert=2, token_groups=2)),
+    "slices2": (2, Layout(expert_tensor=2)),
+    "tensor2 expert2": (2, Layout(tensor=2, expert=2)),
+    "expert4": (4, Layout(expert=4, token_groups=3)),
+    "expert2 slices2": (4, Layout(expert=2, expert_tensor=2, token_groups=2)),
+    "tensor2 slices2": (4, Layout(tensor=2, expert_tensor=2)),
+    "tensor4 slices2": (4, Layout(tensor=4, expert_tensor=2)),
+    "tensor2 data2 expert2": (4, Layout(tensor=2, expert=2)),
+    "context2 expert4": (4, Layout(context=2, expert=4)),
+    "data2 expert2": (4, Layout(expert=2)),
+    "data2 slices2": (4, Layout(expert_tensor=2)),
+}
+Runs = Callable[[str], list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints after STEPS steps, under the name of the run that wrote them."""
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Path, saved: Path) -> Runs:
+    """What every rank of a run did; each run is made once."""
+
+    @cache
+    def run(name: str) -> list[Outcome]:
+        ranks, layout = RUNS[name]
+        return run_ranks(ranks, train, corpus, layout, {}, None, saved / name)
+
+    return run
+
+
+NAMES = [pytest.param(name, marks=pytest.mark.slow if name.startswith("tensor4") else ()) for name in RUNS if name != "one"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_equals_one_rank(runs: Runs, name: str) -> None:
+    (truth,) = runs("one")
+    assert truth.reports[0].grad_norm > 0.1
+    same(runs(name)[-1], truth)
+
+
+@pytest.mark.parametrize("name", ["tensor2 expert2", "tensor2 slices2", "expert2 slices2", "data2 slices2"])
+def test_every_gradient_is_in_the_norm_once(runs: Runs, name: str) -> None:
+    """#5916: with expert and tensor parallelism the norm left gradients out; with an expert-tensor degree unlike the tensor degree
+    gradients were wrong."""
+    for ours in runs(name):
+        norm = sum(g.double().square().sum() for g in ours.gradients.values()) ** 0.5
+        assert ours.reports[0].grad_norm == pytest.approx(float(norm), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["data2 slices2", "data2 expert2", "tensor2 slices2"])
+def test_copies_of_an_expert_stay_equal(runs: Runs, name: str) -> None:
+    """#1628: slices of experts that several ranks have were not kept in step. Ranks 0 and 1 are one block, 2 and 3 another."""
+    first, _, second, _ = runs(name)
+    for key, weight in first.weights.items():
+        assert torch.equal(weight, second.weights[key]), key
+
+
+def first_batch(place: Place, corpus: Path, layout: Layout, coefficient: float) -> Outcome:
+    return train_on(place, corpus, layout, {"auxiliary_loss": coefficient}, steps=1)
+
+
+def test_auxiliary_loss_has_one_weight(corpus: Path) -> None:
+    """#3672: its gradient was scaled by the layout. It is all that two coefficients tell apart."""
+
+    def effect(ranks: int, layout: Layout) -> dict[str, torch.Tensor]:
+        low, high = (run_ranks(ranks, first_batch, corpus, layout, coefficient)[0].gradients for coefficient in (0.0, 50.0))
+        return {name: high[name] - low[name] for name in high if "router" in name}
+
+    one, four = effect(1, Layout()), effect(4, Layout(tensor=2, context=2, expert=2, expert_tensor=2))
+    for name, gradient in one.items():
+        assert (four[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [("tensor2 expert2", "one"), ("tensor2 expert2", "expert4"), ("expert2 slices2", "one"), ("one", "expert2 slices2")],
+)
+def test_checkpoint_of_another_layout(corpus: Path, saved: Path, runs: Runs, writer: str, reader: str) -> None:
+    """Weights and moments come back to the bit, and the next step is the one that the layout which saved them takes."""
+    wrote = runs(writer)[0]
+    ours, own = (run_ranks(RUNS[name][0], train, corpus, RUNS[name][1], {}, saved / writer, None)[0] for name in (reader, writer))
+    for kind, tensors in wrote.state.items():
+        assert all(torch.equal(ours.loaded[kind][name], tensor) for name, tensor in tensors.items()), kind
+    same(ours, own)
+
+
+def weights_alone(place: Place, layout: Layout, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What a start from a checkpoint's weights has, whole."""
+    from minimax_train.model.parts import cuts_of
+    from tests.engine.equality import whole
+
+    with session(layout=layout, place=place) as joined:
+        from minimax_train.checkpoint.shelf import verified_record
+        from minimax_train.checkpoint.store import load_weights
+        from minimax_train.engine.stage import bare, build_stage
+
+        decoder = bare(build_stage(hybrid(), joined, seed=77))
+        load_weights(decoder, checkpoint, verified_record(checkpoint), joined.groups)
+        assert all(cut.ranks == 2 for cut in cuts_of(decoder.blocks["0"].experts.gate_up))
+        return {name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}
+
+
+def test_weights_of_another_layout(saved: Path, runs: Runs) -> None:
+    """Gate and up are stacked, and a rank has a slice of each."""
+    (wrote,) = runs("one")
+    for ours in run_ranks(4, weights_alone, Layout(expert=2, expert_tensor=2), saved / "one"):
+        assert all(torch.equal(ours[name], weight) for name, weight in wrote.weights.items())
+
+
+def keep_to_four_experts(trainer: Any) -> None:
+    """Routers of w, v, -w, -v and zeros: both choices are always among the first four experts, for two of them score above 0."""
+    for block in trainer.decoder.blocks.values():
+        weight = block.experts.router.weight.data
+        weight[:2] *= 30
+        weight[2:4], weight[4:] = -weight[:2], 0.0
+
+
+def idle(place: Place, corpus: Path, layout: Layout) -> Outcome:
+    """Without the balancing loss, which would move the zeros."""
+    return train_on(
+        place, corpus, layout, {"model": little_model(num_experts=8), "auxiliary_loss": 0.0}, steps=4, prepare=keep_to_four_experts
+    )
+
+
+def test_experts_without_a_token_for_several_steps(corpus: Path) -> None:
+    """Rank 1 of two has only such: its gradients are zeros, its buckets are reduced, its weights decay."""
+    (one,), two = run_ranks(1, idle, corpus, Layout()), run_ranks(2, idle, corpus, Layout(expert=2))
+    for ours in two:
+        same(ours, one)
+        assert all(share[4:] == [0.0] * 4 for report in ours.reports for share in report.expert_share)
+        assert all(g[4:].abs().max() == 0 for name, g in ours.gradients.items() if name.endswith(("gate_up", "down")))
+
+
+def test_bf16_follows_one_rank(corpus: Path) -> None:
+    changes = {"precision": "bf16"}
+    one: Outcome = run_ranks(1, train, corpus, Layout(), changes, None, None)[0]
+    four: Outcome = run_ranks(4, train, corpus, RUNS["expert2 slices2"][1], changes, None, None)[0]
+    for a, b in zip(four.reports, one.reports, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=2e-3)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=5e-2)
+
+
+def late(place: Place, corpus: Path, layout: Layout) -> Outcome:
+    return train_on(place, corpus, layout, {}, steps=STEPS, late=True)
+
+
+def test_late_exchanges_give_the_same_bits(corpus: Path, runs: Runs) -> None:
+    ranks, layout = RUNS["expert2 slices2"]
+    early, ours = runs("expert2 slices2")[0], run_ranks(ranks, late, corpus, layout)[0]
+    assert [r.loss for r in early.reports] == [r.loss for r in ours.reports]
+    for name, gradient in early.gradients.items():
+        assert torch.equal(gradient, ours.gradients[name]), name
+
+
+def scored(place: Place, corpus: Path, layout: Layout) -> Any:
+    """Three held-out rows."""
+    with session(layout=layout, place=place) as joined:
+        from data.dataset import TokenDataset
+        from minimax_train.engine.stage import bare, build_stage
+        from minimax_train.train.validate import score, validation_rows
+
+        rows = validation_rows(TokenDataset.open(str(corpus / "validation")), 64, 600)[:3]
+        assert len(rows) == 3
+        return score(bare(build_stage(hybrid(), joined, seed=3)), rows, joined)
+
+
+def test_held_out_rows_that_ranks_do_not_share_evenly(corpus: Path) -> None:
+    """The last row's experts are on a rank that has no row left."""
+    (one,), two = run_ranks(1, scored, corpus, Layout()), run_ranks(2, scored, corpus, Layout(expert=2))
+    for ours in two:
+        assert ours.loss == pytest.approx(one.loss, rel=1e-6)
+        assert (ours.tokens, ours.expert_share) == (one.tokens, one.expert_share)
+
+
+def test_what_the_ranks_cannot_share_is_refused(corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"layout.expert is 3, which does not divide model.num_experts 4: use a divisor of 4"):
+        little_plan(corpus, layout=Layout(expert=3))
+    with pytest.raises(ValueError, match=r"layout.expert_tensor is 5, which does not divide model.expert_ffn_size 24: use a divisor of 24"):
+        little_plan(corpus, layout=Layout(expert_tensor=5))
