@@ -181,12 +181,12 @@ def scored(place: Place, corpus: Path, layout: Layout) -> Any:
     """Three held-out rows."""
     with session(layout=layout, place=place) as joined:
         from data.dataset import TokenDataset
-        from minimax_train.engine.stage import bare, build_stage
+        from minimax_train.engine.trainer import Trainer
         from minimax_train.train.validate import score, validation_rows
 
         rows = validation_rows(TokenDataset.open(str(corpus / "validation")), 64, 600)[:3]
         assert len(rows) == 3
-        return score(bare(build_stage(hybrid(), joined, seed=3)), rows, joined)
+        return score(Trainer(little_plan(corpus, model=hybrid(), layout=layout), joined), rows)
 
 
 def test_held_out_rows_that_ranks_do_not_share_evenly(corpus: Path) -> None:
@@ -194,7 +194,7 @@ def test_held_out_rows_that_ranks_do_not_share_evenly(corpus: Path) -> None:
     (one,), two = run_ranks(1, scored, corpus, Layout()), run_ranks(2, scored, corpus, Layout(expert=2))
     for ours in two:
         assert ours.loss == pytest.approx(one.loss, rel=1e-6)
-        assert (ours.tokens, ours.expert_share) == (one.tokens, one.expert_share)
+        assert (ours.predicted_tokens, ours.expert_share) == (one.predicted_tokens, one.expert_share)
 
 
 def test_what_the_ranks_cannot_share_is_refused(corpus: Path) -> None:
