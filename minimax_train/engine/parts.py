@@ -92,6 +92,7 @@ def transformer_config(config: ModelConfig, groups: Groups, dtype: torch.dtype, 
         sequence_parallel=layout.tensor > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        deallocate_pipeline_outputs=not interleaved,  # the interleaved schedule would free them while they are still being sent
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,  # in a batch, two ranks that send each other two tensors at once mix them up
         bf16=dtype == torch.bfloat16,

@@ -20,20 +20,21 @@ from minimax_train.plan import Precision
 
 
 class _AlsoDescend(torch.autograd.Function):
-    """y = x, and `loss` gets the gradient 1 when y gets its own: what a loss says here need not travel to the last stage.
+    """x `[T, hidden]` -> itself, `[T, 1, hidden]`; and `loss` gets the gradient 1 when x gets its own.
 
-    So it joins the sum that training descends, which is not scaled: there is no loss scaling in fp32 and bf16.
+    So a loss that arises here joins the sum that training descends, and need not travel to the last stage. (That sum is not scaled: fp32
+    and bf16 need no loss scaling.) What is returned shares x's memory but is no view of it: the schedule frees it once it was sent.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
         ctx.loss = loss.dtype, loss.device
-        return x.view_as(x)
+        return x[:, None].detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         dtype, device = ctx.loss
-        return grads[0], torch.ones((), dtype=dtype, device=device)
+        return grads[0][:, 0], torch.ones((), dtype=dtype, device=device)
 
 
 class PipelineStage(MegatronModule):
@@ -61,11 +62,11 @@ class PipelineStage(MegatronModule):
         decoder, received, self.received = self.network, self.received, None
         x, routings = decoder.hidden(decoder.embedding(row.tokens) if received is None else received[:, 0], row)
         auxiliary: Tensor = auxiliary_weight * torch.stack([r.auxiliary_loss for r in routings]).sum()
-        x = _AlsoDescend.apply(x, auxiliary)
+        sent: Tensor = _AlsoDescend.apply(x, auxiliary)
         if not decoder.is_last:
-            return x[:, None], routings
+            return sent, routings
         assert row.labels is not None, "the row has no labels"
-        return decoder.losses(x, row.labels), routings
+        return decoder.losses(sent[:, 0], row.labels), routings
 
 
 def build_stage(

@@ -53,6 +53,32 @@ def test_same_bits_and_less_memory(decoder: Decoder) -> None:
     assert kept > 10 * less
 
 
+def test_what_was_sent_is_freed(alone: Session) -> None:
+    """A stage that runs its layers again keeps what it got, not what it sent on; the backward pass works without."""
+    from megatron.core.pipeline_parallel.schedules import custom_backward, deallocate_output_tensor
+
+    from minimax_train.engine.stage import build_stages
+
+    (stage,) = build_stages(hybrid(), alone, (range(2),), seed=3)
+    stage.network.recompute = "full"
+    row = Row.of_documents([torch.arange(256)]).with_labels(torch.arange(256))
+
+    def forward(*, free: bool) -> Tensor:
+        sent: Tensor = stage(row, 0.0)[0]
+        assert sent.shape == (256, 1, 32)
+        deallocate_output_tensor(sent, free)
+        return sent
+
+    sent, kept = bytes_kept(lambda: forward(free=False))
+    sent.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in stage.named_parameters()}
+    stage.zero_grad()
+    freed, less = bytes_kept(lambda: forward(free=True))
+    assert kept - less > 0.9 * sent.nbytes
+    custom_backward(freed, torch.ones_like(sent))
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in stage.named_parameters())
+
+
 def test_the_choice_of_experts_is_kept(decoder: Decoder) -> None:
     """A router whose weight is changed before the backward pass chooses others; the second run must not."""
     row = Row.of_documents([torch.arange(200)])
