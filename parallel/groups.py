@@ -22,6 +22,8 @@ class Groups:
     tensor: dist.ProcessGroup
     tensor_context: dist.ProcessGroup
     """Ranks that share one row."""
+    tensor_data_context: dist.ProcessGroup
+    """Ranks with the same layers; those of one row are neighbours."""
     expert_data: dist.ProcessGroup
     """Ranks with the same experts: what gradients of expert weights are summed over."""
     context: Channel
@@ -71,6 +73,7 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor=parallel_state.get_tensor_model_parallel_group(),
         tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
+        tensor_data_context=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         expert_data=parallel_state.get_expert_data_parallel_group(),
         context=Channel(context, late=late),
         key_value=Channel(key_value, late=late),
@@ -83,6 +86,7 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
 def _warm(groups: Groups) -> None:
     """Connects every group now, in one order on all ranks: NCCL connects at the first use, and ranks that meet in different orders hang."""
     exchanges = [channel.group for channel in (groups.context, groups.key_value, groups.ring)]
-    for group in (groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.expert_data, *exchanges):
+    ours = (groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.tensor_data_context)
+    for group in (*ours, groups.expert_data, *exchanges):
         if group.size() > 1:
             wait_for_all(group)

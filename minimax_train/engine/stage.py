@@ -13,6 +13,7 @@ from minimax_train.model.config import ModelConfig
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.initialise import initialise
 from minimax_train.model.router import Routing
+from minimax_train.model.router_options import RouterOptions
 from minimax_train.model.row import Row
 from minimax_train.plan import Precision
 
@@ -43,12 +44,14 @@ def build_stage(
     seed: int | None = 0,
     fp32_head: bool = False,
     rope_base: float = 10_000.0,
+    router: RouterOptions | None = None,
 ) -> PipelineStage:
     """The model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
     backends = best_backends(session.device, torch_dtype, config.head_dim)
-    parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends)
+    router = router or RouterOptions()
+    parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends, router=router)
     decoder = Decoder(config, parts, fp32_head=fp32_head, rope_base=rope_base)
     if seed is not None:
         initialise(decoder, config, seed, parts)

@@ -11,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from minimax_train.engine.routing_report import RoutingReport
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import PipelineStage, bare, build_stage
 from minimax_train.model.decoder import Decoder
@@ -18,6 +19,7 @@ from minimax_train.model.router import Routing
 from minimax_train.model.row import Row
 from minimax_train.plan import Plan
 from parallel.collectives import all_sum
+from parallel.groups import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,8 @@ class StepReport:
     """The busiest context rank's softmax attention over the mean rank's, mean over rows."""
     grad_norm: float
     """Before clipping."""
-    expert_share: list[list[float]]
-    """Layers x experts: the share of choices each expert got."""
+    routing: RoutingReport
+    """Of every layer."""
 
 
 class Trainer:
@@ -45,7 +47,7 @@ class Trainer:
     def __init__(self, plan: Plan, session: Session, *, bucket_size: int | None = None) -> None:
         """`bucket_size`: numbers in a bucket of gradients that are reduced together (None: megatron-core's 40M)."""
         self.plan, self.session = plan, session
-        stage = build_stage(plan.model, session, dtype=plan.precision, seed=plan.seed, fp32_head=plan.fp32_head)
+        stage = build_stage(plan.model, session, dtype=plan.precision, seed=plan.seed, fp32_head=plan.fp32_head, router=plan.router)
         config = stage.config
         self.model = DistributedDataParallel(
             config,
@@ -86,7 +88,7 @@ class Trainer:
     def _schedule(self, rows: list[Row], *, forward_only: bool) -> list[dict[str, Tensor]]:
         schedule = get_forward_backward_func()
         reports: list[dict[str, Tensor]] = schedule(
-            forward_step_func=partial(_forward_step, coefficient=self.plan.auxiliary_loss),
+            forward_step_func=partial(_forward_step, plan=self.plan, groups=self.session.groups),
             data_iterator=iter(rows),
             model=[self.model],
             num_microbatches=len(rows),
@@ -105,11 +107,10 @@ class Trainer:
         groups = self.session.groups
         ours, rows_ours = float(groups.tensor.rank() == 0), float(groups.tensor_context.rank() == 0)
         once = {"loss": ours, "predicted": ours, "auxiliary": 1.0, "squares": rows_ours, "rows": rows_ours, "imbalance": rows_ours}
-        counts = torch.stack([r["tokens_per_expert"] for r in reports]).sum(0).double() * rows_ours
+        routing = torch.stack([r["routing"] for r in reports]).sum(0)  # of each rank's own tokens
         scalars = torch.stack([torch.stack([r[name].double() * weight for name, weight in once.items()]) for r in reports]).sum(0)
-        total = all_sum(torch.cat([scalars, counts.flatten()]), groups.world).cpu()
+        total = all_sum(torch.cat([scalars, routing.flatten()]), groups.world).cpu()
         loss, predicted, auxiliary, squares, rows, imbalance = total[: len(once)].tolist()
-        share = total[len(once) :].view(counts.shape)
         return StepReport(
             loss=loss / max(predicted, 1.0),
             predicted_tokens=int(predicted),
@@ -117,7 +118,7 @@ class Trainer:
             auxiliary_loss=auxiliary / rows,
             imbalance=imbalance / rows,
             grad_norm=grad_norm,
-            expert_share=(share / share.sum(1, keepdim=True)).tolist(),
+            routing=RoutingReport.of(total[len(once) :].view(routing.shape), self.plan.model.experts_per_token),
         )
 
 
@@ -139,25 +140,29 @@ def _optimizer_config(plan: Plan) -> OptimizerConfig:
     )
 
 
-def _forward_step(rows: Iterator[Row], model: PipelineStage, *, coefficient: float) -> tuple[Tensor, Any]:
+def _forward_step(rows: Iterator[Row], model: PipelineStage, *, plan: Plan, groups: Groups) -> tuple[Tensor, Any]:
     """One row forward. The loss is a sum over predicted tokens: megatron-core divides by their global number.
 
-    The auxiliary loss is taken per row, the unit that no layout changes, and weighs as much as the row's tokens; here is a share of it.
+    The auxiliary loss is taken per unit of the router, a row or those that data-parallel ranks have in flight, and weighs as much as the
+    unit's tokens; here is a share of it.
     """
     row = next(rows)
     assert row.labels is not None
     losses, routings = model(row)
     predicted = (row.labels >= 0).sum()  # on this rank
-    auxiliary = _mean_auxiliary(routings)
-    total = losses.sum() + coefficient * len(routings) * auxiliary * row.predicted
+    auxiliary, rows_of_unit = _mean_auxiliary(routings), 1
+    unit = losses.new_tensor(row.predicted)
+    if plan.router.unit == "data" and groups.data.size() > 1:
+        unit, rows_of_unit = all_sum(unit, groups.data), groups.data.size()
+    total = losses.sum() + plan.auxiliary_loss * len(routings) * auxiliary * unit
     report = {
         "loss": losses.detach().sum(),
         "predicted": predicted,
         "squares": predicted.new_tensor(row.pieces.squares),
         "rows": predicted.new_ones(()),
         "imbalance": losses.new_tensor(row.pieces.imbalance()),
-        "auxiliary": auxiliary.detach(),
-        "tokens_per_expert": torch.stack([r.tokens_per_expert for r in routings]),
+        "auxiliary": auxiliary.detach() * rows_of_unit,
+        "routing": torch.stack([r.sums for r in routings]),
     }
     return total, lambda output: (output, predicted.to(torch.int), report)
 

@@ -37,14 +37,17 @@ class Experts(nn.Module):
         self.gate_up = parts.experts(count, 2 * ffn, hidden, dtype=parts.dtype)
         self.down = parts.experts(count, hidden, ffn, dtype=parts.dtype)
 
-    def forward(self, x_TC: Tensor) -> tuple[Tensor, Routing]:
-        """`[T, hidden]` -> `[T, hidden]`, every choice computed (dropless)."""
-        weight_TK, expert_TK, routing = self.router(x_TC)
+    def forward(self, x_TC: Tensor, places_S: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """`[T, hidden]` -> `[T, hidden]`; choices that the router dropped are not computed and add nothing. `places_S`: see the router."""
+        weight_TK, expert_TK, routing = self.router(x_TC, places_S)
         choices = expert_TK.shape[1]
         order = expert_TK.flatten().argsort(stable=True)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows = _Permute.apply(x_TC.repeat_interleave(choices, dim=0), order, inverse)
-        rows = _Permute.apply(self.compute(rows, routing.here.tolist()), inverse, order)
+        counts: list[int] = routing.here.tolist()
+        dropped = len(rows) - sum(counts)  # last in order
+        rows = self.compute(rows[: sum(counts)], counts)
+        rows = _Permute.apply(F.pad(rows, (0, 0, 0, dropped)) if dropped else rows, inverse, order)
         y_TC = (rows.view(*expert_TK.shape, -1) * weight_TK[..., None].to(rows.dtype)).sum(dim=1)
         return y_TC, routing
 
