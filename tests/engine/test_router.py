@@ -139,6 +139,27 @@ def test_the_same_choices_are_dropped(routed: dict[str, Any], ranks: int, layout
             assert (ours[name] - one[name]).norm() < 1e-6 * one[name].norm(), name
 
 
+def places_given(place: Place, layout: Layout) -> list[Tensor]:
+    """What the routers of a model are told of where the tokens of this context rank stand in a row of 96."""
+    given: list[Tensor] = []
+    with session(layout=layout, place=place) as joined:
+        from minimax_train.engine.stage import bare, build_stage
+
+        decoder = bare(build_stage(little_model(), joined))
+        for block in decoder.blocks.values():
+            block.experts.router.register_forward_pre_hook(lambda _, arguments: given.append(arguments[1]))
+        row = to_row(packed((0, 50, 96), 0), joined)
+        decoder(row)
+        return [row.pieces.join(list(joined.groups.context.begin_all_gather(places, "places").finish())) for places in given]
+
+
+@pytest.mark.parametrize("owners", ["zigzag", "balanced"])
+def test_routers_know_where_their_tokens_stand(owners: Any) -> None:
+    given = run_ranks(2, places_given, Layout(context=2, owners=owners))[0]
+    assert len(given) == 4
+    assert all(torch.equal(places, torch.arange(96)) for places in given)
+
+
 def end_to_end(rows: list[DataRow]) -> DataRow:
     """The documents of several rows in one."""
     starts = np.cumsum([0, *(len(row.tokens) for row in rows)])
