@@ -4,9 +4,10 @@
 
 B 1, heads 8 and 64 of 128, bf16, 8K to 1M tokens: forward, backward and both. Copy bandwidth and the matrix-product ceiling are measured
 first, in the same process. Floor of a token and head: 8 D bytes forward (q, k, v in, o out), 14 D backward (q, k, v, do in, dq, dk, dv
-out), at the copy bandwidth. Peers run if installed (pip install fla-core lightning-attn) and while the minutes last. Writes
-benchmarks/results/lightning_gpu.{json,md,png}. Without a GPU it says so and ends with 0; --rehearse walks through it on a CPU, at sizes
-that say nothing about speed, and writes nothing.
+out), at the copy bandwidth. "layer" is what the model runs between its projections, on one rank: SiLU of the packed qkv, then the operator
+in steps (lightning_over_pieces); its floor is the same, as if SiLU moved nothing. Peers run if installed (pip install fla-core
+lightning-attn) and while the minutes last. Writes benchmarks/results/lightning_gpu.{json,md,png}. Without a GPU it says so and ends with
+0; --rehearse walks through it on a CPU, at sizes that say nothing about speed, and writes nothing.
 """
 
 import argparse
@@ -23,8 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from machine import machine
 from torch import Tensor
+
+from parallel.collectives import Channel
+from parallel.exchange import Gather
+from parallel.lightning import Passing, lightning_over_pieces
+from parallel.pieces import cut_row
+from parallel.states import state_flow
+from parallel.world import Place, joined
 
 SIZE = 128
 LENGTHS = (8192, 32_768, 131_072, 524_288, 1_048_576)
@@ -85,8 +94,13 @@ def ceilings(bench: Bench) -> dict[str, float]:
     return {"bytes_per_second": 4 * n / copy.median * 1e3, "flops_per_second": 2 * m**3 / product.median * 1e3}
 
 
-Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v `[1, T, H, D]`, slopes) -> o."""
+Operator = Callable[..., Tensor]
+"""(q, k, v `[1, T, H, D]`, slopes) -> o; of "layer" (qkv `[1, T, H, 3, D]` before its SiLU, slopes) -> o."""
+
+
+def arguments_of(name: str, qkv: list[Tensor]) -> list[Tensor]:
+    """What an operator takes besides slopes, in memory of its own where it is packed; leaves that want a gradient."""
+    return [x.detach().requires_grad_() for x in ([torch.stack(qkv, 3)] if name == "layer" else qkv)]
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
@@ -94,6 +108,21 @@ def ours(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
 
     cu_seqlens = torch.arange(2, dtype=torch.int32, device=q.device) * q.shape[1]
     return lightning_triton.lightning_attention(q[0], k[0], v[0], slopes, cu_seqlens, None, rows=1, final=False)[0][None]
+
+
+def layer(qkv: Tensor, slopes: Tensor) -> Tensor:
+    """Nothing is sent to another rank, and no document comes from one: the exchange is a table of zeros."""
+    from minimax_train.kernels.lightning_steps import LocalDocuments, lightning_steps
+
+    tokens = qkv.shape[1]
+    pieces = cut_row([0, tokens], 1)
+    local, flow = pieces.local(0), state_flow(pieces)
+    cu_seqlens = torch.arange(2, dtype=torch.int32, device=qkv.device) * tokens
+    documents = LocalDocuments(cu_seqlens=cu_seqlens, bounds=list(local.bounds), enters=local.enters, leaves=local.leaves)
+    steps = lightning_steps(slopes, documents, backend="triton", dtype=qkv.dtype, head_size=qkv.shape[-1])
+    assert dist.group.WORLD is not None
+    passing = Passing(exchange=Gather(decay_H=slopes), flow=flow, back=flow.mirrored(), channel=Channel(dist.group.WORLD))
+    return lightning_over_pieces(qkv[0], steps, passing, lambda: None)[0][None]
 
 
 def _fla(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> Tensor:
@@ -118,6 +147,7 @@ def operators() -> dict[str, Operator | None]:
     """Ours and the peers; None where a peer is not installed."""
     return {
         "ours": ours,
+        "layer": layer,
         "fla": _fla if importlib.util.find_spec("fla") else None,
         "lightning-attn": _lightning_attn if importlib.util.find_spec("lightning_attn") else None,
         "flash attention": _flash,
@@ -131,13 +161,14 @@ def row(bench: Bench, name: str, operator: Operator, heads: int, tokens: int, ba
         torch.cuda.empty_cache()
     try:
         qkv, do, slopes = bench.inputs(heads, tokens)
-        q, k, v = (x.requires_grad_() for x in qkv)
+        inputs = arguments_of(name, qkv)
+        del qkv
 
         def back(o: Tensor, *, again: bool = False) -> None:
-            torch.autograd.grad(o, (q, k, v), do, retain_graph=again)
+            torch.autograd.grad(o, inputs, do, retain_graph=again)
 
         def both() -> None:
-            back(operator(q, k, v, slopes))
+            back(operator(*inputs, slopes))
 
         both()  # compiles and tunes, outside the clock
         base = 0
@@ -148,8 +179,8 @@ def row(bench: Bench, name: str, operator: Operator, heads: int, tokens: int, ba
             both()
             result["peak_bytes"] = torch.cuda.max_memory_allocated() - base
         with torch.no_grad():
-            forward = bench.time(lambda: operator(q, k, v, slopes))
-        backward = bench.time(partial(back, operator(q, k, v, slopes), again=True))
+            forward = bench.time(lambda: operator(*inputs, slopes))
+        backward = bench.time(partial(back, operator(*inputs, slopes), again=True))
         whole = bench.time(both)
     except (torch.OutOfMemoryError, RuntimeError, TypeError, ValueError) as error:
         return result | {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
@@ -166,26 +197,31 @@ def errors(bench: Bench, chosen: dict[str, Operator | None]) -> dict[str, Any]:
 
     qkv, do, slopes = bench.inputs(8, 8192 if bench.device == "cuda" else 96)
     exact = torch.stack(qkv, 3).cpu().double().requires_grad_()
-    o, _ = lightning_attention(*exact.unbind(3), slopes.cpu(), backend="cpu")
-    truth = [o.detach(), *torch.autograd.grad(o, exact, do.cpu().double())[0].unbind(3)]
+
+    def truth(active: Tensor) -> list[Tensor]:
+        o, _ = lightning_attention(*active.unbind(3), slopes.cpu(), backend="cpu")
+        return [o.detach(), *torch.autograd.grad(o, exact, do.cpu().double())[0].unbind(3)]
+
     found: dict[str, Any] = {}
     for name, operator in chosen.items():
         if operator is None or name == "flash attention":
             continue
         try:
-            q, k, v = (x.detach().requires_grad_() for x in qkv)
-            o = operator(q, k, v, slopes)
-            results = [o.detach(), *torch.autograd.grad(o, (q, k, v), do)]
+            inputs = arguments_of(name, qkv)
+            o = operator(*inputs, slopes)
+            gradients = torch.autograd.grad(o, inputs, do)
+            results = [o.detach(), *(gradients[0].unbind(3) if name == "layer" else gradients)]
         except (RuntimeError, TypeError, ValueError) as error:
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
             continue
-        pairs = zip(("o", "dq", "dk", "dv"), results, truth, strict=True)
+        wanted = truth(torch.nn.functional.silu(exact) if name == "layer" else exact)
+        pairs = zip(("o", "dq", "dk", "dv"), results, wanted, strict=True)
         found[name] = {part: float((a.cpu().double() - b).norm() / b.norm()) for part, a, b in pairs}
     return found
 
 
 def measure(bench: Bench, cases: list[tuple[int, int]], bandwidth: float, chosen: dict[str, Operator | None]) -> Iterator[dict[str, Any]]:
-    """Ours at every case first, then the peers: what the minutes do not reach is said, not left out."""
+    """Ours and the layer at every case first, then the peers: what the minutes do not reach is said, not left out."""
     for name, operator in chosen.items():
         for heads, tokens in cases:
             where = {"operator": name, "heads": heads, "tokens": tokens}
@@ -193,7 +229,7 @@ def measure(bench: Bench, cases: list[tuple[int, int]], bandwidth: float, chosen
                 result = where | {"failed": "not installed"}
             elif name == "flash attention" and tokens > FLASH_LONGEST:
                 result = where | {"failed": f"not timed beyond {FLASH_LONGEST:,} tokens"}
-            elif name != "ours" and time.monotonic() > bench.deadline:
+            elif name not in ("ours", "layer") and time.monotonic() > bench.deadline:
                 result = where | {"failed": "not timed: the run's minutes were over"}
             else:
                 result = row(bench, name, operator, heads, tokens, bandwidth)
@@ -308,10 +344,11 @@ def main() -> int:
     )
     limits, chosen = ceilings(bench), operators()
     cases = [(8, 32), (8, 64), (64, 32)] if rehearsing else CASES
-    record = {
-        "machine": machine(), "head_size": bench.size, "dtype": str(bench.dtype).removeprefix("torch."), "ceilings": limits,
-        "errors": errors(bench, chosen), "rows": list(measure(bench, cases, limits["bytes_per_second"], chosen)),
-    }  # fmt: skip
+    with joined(Place(), "gloo"):  # a world of one, which nothing is sent in
+        record = {
+            "machine": machine(), "head_size": bench.size, "dtype": str(bench.dtype).removeprefix("torch."), "ceilings": limits,
+            "errors": errors(bench, chosen), "rows": list(measure(bench, cases, limits["bytes_per_second"], chosen)),
+        }  # fmt: skip
     results = arguments.rehearse if rehearsing else Path(__file__).parent / "results"
     results.mkdir(parents=True, exist_ok=True)
     (results / "lightning_gpu.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from minimax_train.model.config import ModelConfig
+from minimax_train.model.recompute import Recompute
 from minimax_train.model.router_options import RouterOptions
+from minimax_train.model.stages import Cut, cut_layers
 from parallel.heads import check_heads
 from parallel.layout import Layout
 
@@ -60,6 +62,8 @@ class Stage:
     batch_tokens: int
     """Tokens in a global batch: a multiple of length."""
     learning_rate: LearningRate
+    recompute: Recompute = "none"
+    """full: a layer keeps its input alone and runs again in the backward pass; a third more work, for a fraction of the memory."""
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
@@ -201,12 +205,18 @@ class Plan:
         check_heads(self.model.num_key_value_heads // self.layout.tensor, self.layout.key_value)
         for stage in self.stages:
             self.layout.check_length(f"stage {stage.name!r}: length", stage.length)
+        _ = self.cut  # refuses more pipeline ranks than layers
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""
         planned = sum(stage.steps for stage in self.stages)
         return planned if self.steps is None else min(planned, self.steps)
+
+    @property
+    def cut(self) -> Cut:
+        """Which layers each pipeline rank holds: one cut for the run, balanced for its longest rows, which cost the most."""
+        return cut_layers(self.model, self.layout, max(stage.length for stage in self.stages))
 
     def check_ranks(self, ranks: int) -> None:
         """Refuses a number of ranks that the layout or a stage's batch does not divide into."""
@@ -216,4 +226,9 @@ class Plan:
                 raise ValueError(
                     f"stage {stage.name!r}: {stage.rows} rows in a batch (batch_tokens {stage.batch_tokens} / length {stage.length}) "
                     f"do not divide over {data} data-parallel ranks: change batch_tokens or the ranks"
+                )
+            if self.layout.virtual_pipeline > 1 and stage.rows // data % self.layout.pipeline:
+                raise ValueError(
+                    f"stage {stage.name!r}: {stage.rows // data} rows in a batch for each of {data} data-parallel ranks, not a multiple of "
+                    f"layout.pipeline {self.layout.pipeline}, as interleaving needs: change batch_tokens, or set layout.virtual_pipeline=1"
                 )

@@ -24,6 +24,8 @@ class Groups:
     """Ranks that share one row."""
     tensor_data_context: dist.ProcessGroup
     """Ranks with the same layers; those of one row are neighbours."""
+    pipeline: dist.ProcessGroup
+    """Ranks that hold the layers, each some, of one copy of the model, and work on the same rows."""
     expert_data: dist.ProcessGroup
     """Ranks with the same experts: what gradients of expert weights are summed over."""
     context: Channel
@@ -55,6 +57,7 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
         context_parallel_size=layout.context,
         hierarchical_context_parallel_sizes=[layout.key_value, layout.context // layout.key_value] if two_levels else None,
         expert_model_parallel_size=layout.expert,
@@ -74,6 +77,7 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
         tensor=parallel_state.get_tensor_model_parallel_group(),
         tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
         tensor_data_context=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
         context=Channel(context, late=late),
         key_value=Channel(key_value, late=late),
@@ -86,7 +90,7 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
 def _warm(groups: Groups) -> None:
     """Connects every group now, in one order on all ranks: NCCL connects at the first use, and ranks that meet in different orders hang."""
     exchanges = [channel.group for channel in (groups.context, groups.key_value, groups.ring)]
-    ours = (groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.tensor_data_context)
-    for group in (*ours, groups.expert_data, *exchanges):
+    shared = [groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.tensor_data_context]
+    for group in (*shared, groups.pipeline, groups.expert_data, *exchanges):
         if group.size() > 1:
             wait_for_all(group)

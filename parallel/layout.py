@@ -7,7 +7,7 @@ Exchange = Literal["auto", "gather", "transpose", "pruned"]
 Owners = Literal["zigzag", "balanced"]
 
 DEGREES = ("tensor", "pipeline", "context", "expert", "expert_tensor")
-NOT_YET = ("pipeline", "expert", "expert_tensor")
+NOT_YET = ("expert", "expert_tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,8 @@ class Layout:
     context: int = 1
     expert: int = 1
     expert_tensor: int = 1
+    virtual_pipeline: int = 1
+    """Chunks of layers that a pipeline rank holds, far apart in the model: interleaved 1F1B, with a bubble so many times shorter."""
     key_value: int = 1
     """Of the `context` ranks, so many neighbours (of one node) share out the key-value heads; the ring runs over the rest."""
     exchange: Exchange = "auto"
@@ -36,14 +38,18 @@ class Layout:
     """Which context rank holds which pieces of a row: zigzag, or balanced for the row's documents."""
 
     def __post_init__(self) -> None:
-        for name in (*DEGREES, "key_value"):
+        for name in (*DEGREES, "virtual_pipeline", "key_value"):
             degree = getattr(self, name)
             if degree < 1:
                 raise ValueError(f"layout.{name} is {degree}; it must be at least 1")
             if degree > 1 and name in NOT_YET:
                 raise ValueError(
-                    f"layout.{name} is {degree}; this version runs data, tensor and context parallelism: set it to 1 and use those"
+                    f"layout.{name} is {degree}; this version does not share out experts: set it to 1 and use the other degrees"
                 )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"layout.virtual_pipeline is {self.virtual_pipeline}, layout.pipeline 1: only pipeline ranks take turns; set it to 1"
+            )
         if not self.decay_cut > 0:
             raise ValueError(f"layout.decay_cut is {self.decay_cut}; it must be above 0 (104 leaves out nothing that fp32 can hold)")
         if self.context % self.key_value:
@@ -56,6 +62,11 @@ class Layout:
     def dense(self) -> int:
         """Ranks that hold one copy of the dense weights' work: pipeline * context * tensor."""
         return self.pipeline * self.context * self.tensor
+
+    @property
+    def chunks(self) -> int:
+        """Parts that the layers are cut into; pipeline rank r holds chunks r, r + pipeline, ..."""
+        return self.pipeline * self.virtual_pipeline
 
     @property
     def pieces(self) -> int:

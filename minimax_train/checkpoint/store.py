@@ -5,13 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minimax_train.checkpoint.commit import abandon, begin, commit
 from minimax_train.checkpoint.record import Record, write_record
 from minimax_train.engine.state import Sharded, model_state
 from minimax_train.engine.storage import read_tensors, write_tensors
-from minimax_train.model.decoder import Decoder
 from parallel.collectives import first_does, raise_together
 from parallel.groups import Groups
 
@@ -44,7 +43,7 @@ def _finish(folder: Path, final: Path, record: Record) -> None:
     commit(folder, final)
 
 
-def load_weights(decoder: Decoder, checkpoint: Path, record: Record, groups: Groups) -> None:
+def load_weights(decoder: nn.Module, checkpoint: Path, record: Record, groups: Groups) -> None:
     """Fills the model from a verified checkpoint of its architecture, casting where the precisions differ."""
     state = model_state(decoder, groups)
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[record.precision]

@@ -71,6 +71,7 @@ class Row(RowParallelLinear):
 def transformer_config(config: ModelConfig, groups: Groups, dtype: torch.dtype, device: torch.device) -> TransformerConfig:
     """megatron-core's record of the same facts: what its linears, DDP, schedules and optimizer read."""
     layout = groups.layout
+    interleaved = layout.virtual_pipeline > 1
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -84,12 +85,15 @@ def transformer_config(config: ModelConfig, groups: Groups, dtype: torch.dtype, 
         add_bias_linear=False,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if interleaved else None,
         context_parallel_size=layout.context,
         expert_model_parallel_size=layout.expert,
         expert_tensor_parallel_size=layout.expert_tensor,
         sequence_parallel=layout.tensor > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,  # in a batch, two ranks that send each other two tensors at once mix them up
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,  # initialise.py draws every weight from its global name
         use_cpu_initialization=device.type == "cpu",

@@ -1,4 +1,6 @@
-"""The model as megatron-core's schedules want it, and what one forward step returns."""
+"""The model as megatron-core's schedules want it: a chunk of its layers, what it is sent, and what it sends on."""
+
+from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
@@ -18,22 +20,53 @@ from minimax_train.model.row import Row
 from minimax_train.plan import Precision
 
 
-class PipelineStage(MegatronModule):
-    """A Decoder with the attributes the schedules, DDP and the optimizer ask of a pipeline stage."""
+class _AlsoDescend(torch.autograd.Function):
+    """y = x, and `loss` gets the gradient 1 when y gets its own: what a loss says here need not travel to the last stage.
 
-    def __init__(self, config: TransformerConfig, decoder: Decoder) -> None:
+    So it joins the sum that training descends, which is not scaled: there is no loss scaling in fp32 and bf16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss = loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, device = ctx.loss
+        return grads[0], torch.ones((), dtype=dtype, device=device)
+
+
+class PipelineStage(MegatronModule):
+    """A Decoder with the attributes the schedules, DDP and the optimizer ask of a chunk of a pipeline rank's layers."""
+
+    def __init__(self, config: TransformerConfig, decoder: Decoder, chunk: int = 0) -> None:
+        """`chunk`: which of this rank's."""
         super().__init__(config)
         self.network = decoder  # megatron-core expects layers of its own in an attribute called `decoder`
-        self.pre_process = self.post_process = True
+        self.pre_process, self.post_process = decoder.is_first, decoder.is_last
+        self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size is not None else None
         self.share_embeddings_and_output_weights = False
         self.model_type = ModelType.encoder_or_decoder
+        self.received: Tensor | None = None
 
-    def set_input_tensor(self, x: Tensor | list[Tensor] | None) -> None:
-        """What the previous stage sent; a model in one stage gets nothing."""
+    def set_input_tensor(self, x: list[Tensor | None]) -> None:
+        """What the previous stage sent, `[T, 1, hidden]`; the first one gets nothing."""
+        (self.received,) = x
 
-    def forward(self, row: Row) -> tuple[Tensor, list[Routing]]:
-        result: tuple[Tensor, list[Routing]] = self.network(row)
-        return result
+    def forward(self, row: Row, auxiliary_weight: float | Tensor) -> tuple[Tensor, list[Routing]]:
+        """On the last stage losses `[T]`, on others what the next one gets, `[T, 1, hidden]`; and the routing of these layers.
+
+        Each layer's auxiliary loss, `auxiliary_weight` times, joins what training descends.
+        """
+        decoder, received, self.received = self.network, self.received, None
+        x, routings = decoder.hidden(decoder.embedding(row.tokens) if received is None else received[:, 0], row)
+        auxiliary: Tensor = auxiliary_weight * torch.stack([r.auxiliary_loss for r in routings]).sum()
+        x = _AlsoDescend.apply(x, auxiliary)
+        if not decoder.is_last:
+            return x[:, None], routings
+        assert row.labels is not None, "the row has no labels"
+        return decoder.losses(x, row.labels), routings
 
 
 def build_stage(
@@ -46,16 +79,35 @@ def build_stage(
     rope_base: float = 10_000.0,
     router: RouterOptions | None = None,
 ) -> PipelineStage:
-    """The model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
+    """The whole model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
+    layers = range(config.num_layers)
+    return build_stages(config, session, (layers,), dtype=dtype, seed=seed, fp32_head=fp32_head, rope_base=rope_base, router=router)[0]
+
+
+def build_stages(
+    config: ModelConfig,
+    session: Session,
+    chunks: tuple[range, ...],
+    *,
+    dtype: Precision = "fp32",
+    seed: int | None = 0,
+    fp32_head: bool = False,
+    rope_base: float = 10_000.0,
+    router: RouterOptions | None = None,
+) -> list[PipelineStage]:
+    """The layers that this rank holds, chunk by chunk; a weight is the same whichever rank draws it."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
     backends = best_backends(session.device, torch_dtype, config.head_dim)
     router = router or RouterOptions()
     parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends, router=router)
-    decoder = Decoder(config, parts, fp32_head=fp32_head, rope_base=rope_base)
-    if seed is not None:
-        initialise(decoder, config, seed, parts)
-    return PipelineStage(megatron, decoder)
+    stages = []
+    for chunk, layers in enumerate(chunks):
+        decoder = Decoder(config, parts, layers=layers, fp32_head=fp32_head, rope_base=rope_base)
+        if seed is not None:
+            initialise(decoder, config, seed, parts)
+        stages.append(PipelineStage(megatron, decoder, chunk))
+    return stages
 
 
 def bare(model: nn.Module) -> Decoder:
@@ -63,3 +115,14 @@ def bare(model: nn.Module) -> Decoder:
     while not isinstance(model, Decoder):
         model = model.network if isinstance(model, PipelineStage) else model.module  # type: ignore[assignment]
     return model
+
+
+def together(decoders: list[Decoder]) -> nn.Module:
+    """All chunks as one module, for its parameters under their global names; it cannot be called."""
+    held = nn.Module()
+    held.blocks = nn.ModuleDict({layer: block for decoder in decoders for layer, block in decoder.blocks.items()})
+    for decoder in decoders:
+        for name, part in decoder.named_children():
+            if name != "blocks":
+                held.add_module(name, part)
+    return held

@@ -17,7 +17,6 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
-from minimax_train.model.decoder import Decoder
 from minimax_train.model.parts import cut_axis
 from parallel.groups import Groups
 
@@ -25,7 +24,7 @@ MOMENTS = ("param", "exp_avg", "exp_avg_sq")
 Sharded = dict[str, ShardedTensor]
 
 
-def model_state(decoder: Decoder, groups: Groups) -> Sharded:
+def model_state(decoder: nn.Module, groups: Groups) -> Sharded:
     """The weights under their global names; of the ranks with the same part, one is marked as the one that writes."""
     state, rank = {}, groups.tensor.rank()
     for name, parameter in decoder.named_parameters():
@@ -36,7 +35,7 @@ def model_state(decoder: Decoder, groups: Groups) -> Sharded:
     return state
 
 
-def optimizer_state(decoder: Decoder, optimizer: MegatronOptimizer, groups: Groups) -> Sharded:
+def optimizer_state(decoder: nn.Module, optimizer: MegatronOptimizer, groups: Groups) -> Sharded:
     """This rank's part of fp32 weights and moments; the tensors are the optimizer's own, so that loading fills them in place."""
     state = {}
     for name, parameter, shard, start in _shards(decoder, optimizer):
@@ -122,7 +121,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _shards(decoder: Decoder, optimizer: MegatronOptimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor], int]]:
+def _shards(decoder: nn.Module, optimizer: MegatronOptimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor], int]]:
     """(name, parameter, this rank's shard of its state, where the shard starts in the flattened parameter).
 
     megatron-core's own map from parameter to main parameter (model_param_group_index_map) is not used: in a group that mixes fp32 and

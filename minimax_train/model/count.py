@@ -7,7 +7,7 @@ and token), so that no choice of chunk or recomputation can inflate a utilisatio
 
 from dataclasses import asdict, dataclass
 
-from minimax_train.model.config import ModelConfig
+from minimax_train.model.config import LayerKind, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,26 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     )
 
 
-def matmul_weights(config: ModelConfig) -> int:
-    """Weights that multiply one token in the forward pass: active parameters and head, norms and embedding lookup left out."""
-    count = count_parameters(config)
-    lightning_norms = config.layer_kinds.count("lightning") * config.attention_size
-    return count.active - count.norms - lightning_norms + count.lm_head
+def layer_flops(config: ModelConfig, kind: LayerKind, *, tokens: int, squares: int) -> int:
+    """FLOPs of one layer's forward pass; arguments as of forward_flops."""
+    hidden, width = config.hidden_size, config.attention_size
+    if kind == "lightning":
+        projections, mixing = 5 * hidden * width, 4 * config.head_dim * width * tokens
+    else:  # q k^T and p v, 2 FLOPs each per channel and (query, key) pair, of which causality leaves half
+        projections, mixing = 2 * hidden * (width + config.key_value_size), 2 * width * squares
+    experts = config.experts_per_token * 3 * hidden * config.expert_ffn_size + hidden * config.num_experts
+    return 2 * (projections + experts) * tokens + mixing
+
+
+def head_flops(config: ModelConfig, *, tokens: int) -> int:
+    """FLOPs of the head's forward pass."""
+    return 2 * config.vocab_size * config.hidden_size * tokens
 
 
 def forward_flops(config: ModelConfig, *, tokens: int, squares: int) -> float:
     """FLOPs of one forward pass over `tokens` in documents whose squared lengths sum to `squares` (one document of n: n and n^2)."""
-    lightning, softmax = (config.layer_kinds.count(kind) for kind in ("lightning", "softmax"))
-    recurrence = lightning * 4 * config.head_dim * config.attention_size * tokens
-    attention = softmax * 4 * config.attention_size * squares / 2  # q k^T and p v, 2 FLOPs each per channel and (query, key) pair
-    return 2.0 * matmul_weights(config) * tokens + recurrence + attention
+    layers = sum(layer_flops(config, kind, tokens=tokens, squares=squares) for kind in config.layer_kinds)
+    return float(layers + head_flops(config, tokens=tokens))
 
 
 def training_flops(config: ModelConfig, *, tokens: int, squares: int) -> float:

@@ -3,19 +3,21 @@
 Input is one packed row, or what a context rank holds of it.
 """
 
+import torch
 from torch import Tensor, nn
 
 from minimax_train.model.block import Block
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
+from minimax_train.model.recompute import Recompute, recomputed
 from minimax_train.model.rope import rotation
 from minimax_train.model.router import Routing
 from minimax_train.model.row import Documents, Row
 
 
 class Decoder(nn.Module):
-    """Layers `first_layer` up to `last_layer` (exclusive); the first stage owns the embedding, the last one norm and head."""
+    """The layers of `layers` (None: all); the first stage owns the embedding, the last one norm and head."""
 
     def __init__(
         self, config: ModelConfig, parts: Parts, *, layers: range | None = None, fp32_head: bool = False, rope_base: float = 10_000.0
@@ -23,10 +25,12 @@ class Decoder(nn.Module):
         super().__init__()
         layers = range(config.num_layers) if layers is None else layers
         self.config, self.rope_base, self.backends = config, rope_base, parts.backends
-        if layers.start == 0:
+        self.recompute: Recompute = "none"
+        self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
+        if self.is_first:
             self.embedding = parts.embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})  # keyed by the global layer number
-        if layers.stop == config.num_layers:
+        if self.is_last:
             self.norm = RMSNorm(config.hidden_size, config.norm_eps, parts)
             self.head = parts.head(config.hidden_size, config.vocab_size, fp32=fp32_head)
 
@@ -38,7 +42,8 @@ class Decoder(nn.Module):
         """Runs this stage's blocks over `[T, hidden]`."""
         documents, routings = self.documents(row), []
         for block in self.blocks.values():
-            x_TC, routing = block(x_TC, documents)
+            again = self.recompute == "full" and torch.is_grad_enabled()
+            x_TC, routing = recomputed(block, x_TC, documents) if again else block(x_TC, documents)
             routings.append(routing)
         return x_TC, routings
 

@@ -16,6 +16,7 @@ from data.batches import TrainingRows, unigram_entropy
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import folder_of, prune
 from minimax_train.checkpoint.store import save
+from minimax_train.engine.batch import Totals
 from minimax_train.engine.session import Session
 from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
 from minimax_train.engine.trainer import StepReport, Trainer
@@ -27,7 +28,7 @@ from minimax_train.train.peak import peak_flops
 from minimax_train.train.resume import Opening, open_data, open_run, restore
 from minimax_train.train.rows import to_row
 from minimax_train.train.schedule import learning_rate
-from minimax_train.train.validate import Score, score, validation_rows
+from minimax_train.train.validate import score, validation_rows
 from parallel.collectives import first_does
 
 
@@ -83,8 +84,9 @@ class _Run:
         if session.is_first:
             self.folder.write_facts(self._facts())
             self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
-            backends = self.trainer.decoder.backends
-            for note in (*opening.notes, f"attention backends: lightning {backends.lightning}, softmax {backends.softmax}"):
+            backends, uneven = self.trainer.decoders[0].backends, plan.cut.warning
+            notes = [*opening.notes, f"attention backends: lightning {backends.lightning}, softmax {backends.softmax}"]
+            for note in [*notes, *([uneven] if uneven else [])]:
                 self.metrics.say(note)
 
     def go(self, *, profile: bool) -> Progress:
@@ -99,7 +101,8 @@ class _Run:
 
     def _stage(self, stage: Stage, tick: Any) -> None:
         """The steps that are left of one stage."""
-        self.trainer.decoder.rope_base = stage.rope_base
+        for decoder in self.trainer.decoders:
+            decoder.rope_base, decoder.recompute = stage.rope_base, stage.recompute
         data = self.session.groups.data
         source = TrainingRows(self.train_data, seed=self.plan.seed + self.progress.stage, length=stage.length)  # a stage draws anew
         if self.progress.step == 0:
@@ -161,8 +164,7 @@ class _Run:
         step = self.progress.step
         if first_does(lambda: self.metrics is not None and step in self.metrics.validated, self.session.groups.world):
             return
-        self.trainer.settle()
-        result = score(self.trainer.decoder, self.held_out[stage.length], self.session)
+        result = score(self.trainer, self.held_out[stage.length])
         if self.metrics is not None:
             self.metrics.write(self._where(stage) | _validation_figures(result), advance=False)
 
@@ -207,8 +209,8 @@ class _Run:
             "ranks": self.session.groups.size,
             "threads_per_rank": torch.get_num_threads(),
             "precision": self.plan.precision,
-            "lightning_backend": self.trainer.decoder.backends.lightning,
-            "softmax_backend": self.trainer.decoder.backends.softmax,
+            "lightning_backend": self.trainer.decoders[0].backends.lightning,
+            "softmax_backend": self.trainer.decoders[0].backends.softmax,
             "torch": torch.__version__,
             "megatron_core": version("megatron-core"),
             "parameters": count.total,
@@ -220,8 +222,8 @@ class _Run:
         }
 
 
-def _validation_figures(result: Score) -> dict[str, Any]:
-    return {"validation_loss": result.loss, "validation_tokens": result.tokens, "expert_load": result.expert_share}
+def _validation_figures(result: Totals) -> dict[str, Any]:
+    return {"validation_loss": result.loss, "validation_tokens": result.predicted_tokens, "expert_load": result.routing.share}
 
 
 @contextmanager

@@ -1,25 +1,10 @@
-"""Loss on held-out documents, over all ranks."""
-
-from dataclasses import dataclass
-
-import torch
+"""Held-out documents, and what they say."""
 
 from data.batches import Row, held_out_rows
 from data.dataset import TokenDataset
-from minimax_train.engine.session import Session
-from minimax_train.model.decoder import Decoder
+from minimax_train.engine.batch import Totals
+from minimax_train.engine.trainer import Trainer
 from minimax_train.train.rows import to_row
-from parallel.collectives import all_sum
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """What the held-out documents said."""
-
-    loss: float
-    """Nats per predicted token."""
-    tokens: int
-    expert_share: list[list[float]]
 
 
 def validation_rows(dataset: TokenDataset, length: int, tokens: int) -> list[Row]:
@@ -34,20 +19,7 @@ def validation_rows(dataset: TokenDataset, length: int, tokens: int) -> list[Row
     return rows
 
 
-@torch.no_grad()
-def score(decoder: Decoder, rows: list[Row], session: Session) -> Score:
-    """Each rank scores its share of the rows; the sums are exact whatever the number of ranks."""
-    decoder.eval()
-    config = decoder.config
-    counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64, device=session.device)
-    sums = torch.zeros(2, dtype=torch.float64, device=session.device)
-    data = session.groups.data
-    for whole in rows[data.rank() :: data.size()]:
-        row = to_row(whole, session)
-        assert row.labels is not None
-        losses, routings = decoder(row)
-        sums += torch.stack([losses.double().sum(), (row.labels >= 0).double().sum()])
-        counts += torch.stack([r.tokens_per_expert for r in routings])
-    total = all_sum(torch.cat([sums, counts.flatten()]), session.groups.data_context).cpu()
-    share = total[2:].view(counts.shape)
-    return Score(loss=float(total[0] / total[1]), tokens=int(total[1]), expert_share=(share / share.sum(1, keepdim=True)).tolist())
+def score(trainer: Trainer, rows: list[Row]) -> Totals:
+    """Each data-parallel rank scores its share of the rows; the sums are exact whatever the layout."""
+    data = trainer.session.groups.data
+    return trainer.score([to_row(row, trainer.session) for row in rows[data.rank() :: data.size()]])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from data.batches import NOTHING_TO_PREDICT, TrainingRows
@@ -47,6 +48,14 @@ def whole(tensor: Tensor, like: Tensor, joined: Session) -> Tensor:
     return torch.cat(all_sum(pieces, group).unbind(), axis)
 
 
+def of_all_stages(held: dict[str, Tensor], joined: Session) -> dict[str, Tensor]:
+    """What each pipeline rank has under the names of its layers, together."""
+    stages: list[Any] = [None] * joined.groups.pipeline.size()
+    dist.all_gather_object(stages, held, group=joined.groups.pipeline)
+    assert sum(map(len, stages)) == len({name for stage in stages for name in stage}), "two stages hold one parameter"
+    return {name: tensor for stage in stages for name, tensor in stage.items()}
+
+
 def gathered(trainer: Any, joined: Session, pick: Callable[[nn.Parameter, dict[str, Tensor], slice], Tensor]) -> dict[str, Tensor]:
     """Whole tensors from what each rank's optimizer has: pick(parameter, its shard of the state, its range of the flattened parameter)."""
     from minimax_train.engine.state import _shards
@@ -60,7 +69,7 @@ def gathered(trainer: Any, joined: Session, pick: Callable[[nn.Parameter, dict[s
             mine[place] = pick(parameter, shard, place)
         group = joined.groups.data_context if parameter.__dict__.get("allreduce", True) else joined.groups.expert_data
         found[name] = whole(all_sum(mine, group).view(parameter.shape), parameter, joined)
-    return found
+    return of_all_stages(found, joined)
 
 
 def packed(bounds: Sequence[int], seed: int) -> DataRow:
@@ -80,9 +89,8 @@ def held(kind: str, parameter: nn.Parameter, shard: dict[str, Tensor], place: sl
 
 def gradients(trainer: Any, rows: list[Any], joined: Session) -> dict[str, Tensor]:
     """Whole gradients of one global batch, as the optimizer gets them (per predicted token, summed over all ranks)."""
-    trainer.model.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    trainer._schedule(rows, forward_only=False)
+    trainer.zero_gradients()
+    trainer.descend(rows)
     return gathered(trainer, joined, lambda parameter, _, place: parameter.main_grad.view(-1)[place])
 
 
@@ -127,8 +135,10 @@ def train_on(
         from minimax_train.engine.state import MOMENTS, model_state, optimizer_state, optimizer_steps
         from minimax_train.engine.trainer import Trainer
 
-        trainer = Trainer(plan, joined, bucket_size=5000)
-        assert min(len(trainer.model.bucket_groups), len(trainer.model.expert_parallel_bucket_groups)) > 3
+        trainer = Trainer(plan, joined, bucket_size=5000 // layout.chunks)
+        if joined.groups.pipeline.rank() == 0:  # megatron-core gives later pipeline ranks one bucket
+            for chunk, decoder in zip(trainer.chunks, trainer.decoders, strict=True):
+                assert min(len(chunk.bucket_groups), len(chunk.expert_parallel_bucket_groups)) > min(3, len(decoder.blocks))
         done = 0
         if load is not None:
             restore(trainer, Opening(checkpoint=load, record=verified_record(load), resumed=True, notes=[]), plan)
@@ -158,7 +168,7 @@ def train_on(
             )
             sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
             save(store, sharded, record, joined.groups)
-        weights = {name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}
+        weights = of_all_stages({name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}, joined)
         return Outcome(reports=reports, gradients=first, weights=weights, state=state(), loaded=loaded)
 
 

@@ -27,7 +27,7 @@ def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load:
         from minimax_train.engine.trainer import Trainer
 
         trainer = Trainer(plan, joined, bucket_size=5000 if place.size > 1 else 3000)
-        assert len(trainer.model.bucket_groups) > 3, "default buckets hold 40M numbers: faults of several padded ones would be invisible"
+        assert len(trainer.chunks[0].bucket_groups) > 3, "default buckets hold 40M numbers: faults of several padded ones would not show"
         done = 0
         if load is not None:
             from minimax_train.checkpoint.shelf import verified_record

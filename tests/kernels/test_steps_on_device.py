@@ -1,4 +1,4 @@
-"""What the steps of lightning attention ask of a GPU: its launches, its memory, and never a wait. On tensors without memory."""
+"""What the steps of lightning attention ask of a GPU: its launches, its memory, and never a wait. Mostly on tensors without memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +71,9 @@ def is_list(x: object) -> bool:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """What is launched, on tensors that pass for a GPU's."""
     noted: list[tuple[str, ...]] = []
+    monkeypatch.setattr(lightning_triton, "_refuse", lambda *_: None)
     for name in NAMES:
         monkeypatch.setattr(lightning_triton_kernels, name, Launches(name, noted))
     return noted
@@ -141,3 +143,30 @@ def test_what_another_rank_adds(launches: list[tuple[str, ...]]) -> None:
         ("query_gradient", "INITIAL", "SLOTS"),
         ("key_value_gradient", "FINAL", "SLOTS"),
     ]
+
+
+@pytest.mark.usefixtures("poison")
+def test_the_same_bits_as_the_plain_operator(device: str) -> None:
+    """Kernels that run: interpreted, or bf16 on a GPU, which then refuses any operation that waits for it."""
+    bounds = [0, 130, 130, 131, 300]
+    cu_seqlens, slopes = torch.tensor(bounds, dtype=torch.int32, device=device), torch.tensor([0.917, 0.0], device=device)
+    g, dtype = torch.Generator().manual_seed(0), torch.bfloat16 if device == "cuda" else torch.float32
+    qkv, do = (torch.randn(shape, generator=g).to(device, dtype) for shape in ((300, 2, 3, SIZE), (300, 2, SIZE)))
+    q, k, v = (x.detach().requires_grad_() for x in qkv.unbind(2))
+    expected, _ = lightning_triton.lightning_attention(q, k, v, slopes, cu_seqlens, None, rows=1, final=False)
+    gradients = torch.autograd.grad(expected, (q, k, v), do)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        documents = LocalDocuments(cu_seqlens=cu_seqlens, bounds=bounds, enters=(-1, -1), leaves=(-1, -1))
+        steps = lightning_steps(slopes, documents, backend="triton", dtype=dtype, head_size=SIZE)
+        ends, kept = steps.end_states(qkv)
+        o, kept = steps.outputs(qkv, ends, kept)
+        back, kept_gradient = steps.initial_gradient(qkv, do)
+        dqkv = steps.gradients(qkv, ends, do, back, kept, kept_gradient)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(o, expected)
+    for ours, theirs in zip(dqkv.unbind(2), gradients, strict=True):
+        assert torch.equal(ours, theirs)

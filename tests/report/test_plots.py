@@ -147,6 +147,7 @@ def test_router_maps_of_many_steps_are_means(make_run: MakeRun, synthetic: Any) 
     (mesh,) = _axes(router_plot(record).figure)[0].collections
     mean = np.mean([line["router"]["entropy"] for line in lines[:2]], axis=0)
     np.testing.assert_allclose(mesh.get_array(), np.repeat(mean[:, None], 400, axis=1))
+    assert mesh.get_coordinates()[0, 1:, 0].tolist() == [line["tokens"] for line in many[1::2]]
 
 
 def test_routers_without_drops_and_without_figures(make_run: MakeRun, synthetic: Any) -> None:
