@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from machine import machine
 from timeline import draw
 from torch import nn
 from torch.autograd.profiler import record_function
-from trace_reader import MODULE, STEP, Exchange, Trace, slim
+from trace_reader import MODULE, STEP, Trace, slim
 
 from minimax_train.engine.session import session
 from minimax_train.engine.trainer import Trainer
@@ -90,17 +90,19 @@ def calmest(folder: Path) -> tuple[int, list[Trace]]:
 
 
 def totals(traces: Sequence[Trace]) -> list[dict[str, Any]]:
-    """Over all ranks and layers, for each kind of exchange and direction."""
-    groups: dict[tuple[bool, str], list[Exchange]] = defaultdict(list)
-    for trace in traces:
-        for exchange in trace.exchanges:
-            groups[exchange.backward, exchange.name].append(exchange)
-    found = []
-    for (backward, name), many in sorted(groups.items(), key=lambda item: (item[0][0], EXCHANGES.index(item[0][1]))):
-        lasted, waited = sum(e.lasted for e in many), sum(e.waited for e in many)
-        compute = sum(sum(e.between.values()) for e in many)
-        found.append({"name": name, "backward": backward, "number": len(many), "lasted": lasted, "waited": waited, "compute": compute})
-    return found
+    """Over all ranks and layers, for each kind of exchange and direction: milliseconds, see the table."""
+    groups: dict[tuple[bool, str], Counter[str]] = defaultdict(Counter)
+    for several in zip(*(trace.exchanges for trace in traces), strict=True):  # one exchange, as each rank saw it
+        if len({(e.name, e.layer, e.backward) for e in several}) > 1:
+            raise ValueError(f"ranks' exchanges differ: {several}; all ranks begin the same ones in one order")
+        came = max(trace.clock + e.begun for trace, e in zip(traces, several, strict=True))  # the last rank
+        for trace, e in zip(traces, several, strict=True):
+            start = min(max(came - trace.clock, e.begun), e.end)
+            figures = {"number": 1, "lasted": e.lasted, "waited": e.waited, "transfer": e.end - start}
+            figures |= {"transfer_waited": trace.waited(start, e.end), "compute": sum(e.between.values())}
+            groups[e.backward, e.name].update(figures)
+    order = sorted(groups.items(), key=lambda item: (item[0][0], EXCHANGES.index(item[0][1])))
+    return [{"name": name, "backward": backward, **sums} for (backward, name), sums in order]
 
 
 def table(traces: Sequence[Trace], facts: dict[str, Any]) -> str:
@@ -115,17 +117,20 @@ def table(traces: Sequence[Trace], facts: dict[str, Any]) -> str:
         "them has come to it, and most of that wait is the others' compute. The order is the same on a GPU; the shares are not.",
         "",
         "An exchange lasts from its begin to the end of gloo's work; waited is the part in which the thread stood still, for it or for "
-        "another, and the rest lay under compute.",
+        "another, and the rest lay under compute. Its transfer lasts from when the last rank began it. The second step of an exchange of "
+        "states (states back) is awaited where it is begun: nothing can run meanwhile.",
         "",
         "## All ranks, all layers",
         "",
-        "| exchange | pass | number | lasted, ms | waited, ms | under compute | compute between begin and finish, ms |",
-        "|---" * 7 + "|",
+        "| exchange | pass | number | lasted, ms | waited, ms | under compute | transfer, ms | of it under compute | compute between begin "
+        "and finish, ms |",
+        "|---" * 9 + "|",
     ]
     for one in totals(traces):
         lines.append(
             f"| {one['name']} | {'backward' if one['backward'] else 'forward'} | {one['number']} | {one['lasted']:.1f} | "
-            f"{one['waited']:.1f} | {1 - one['waited'] / one['lasted']:.0%} | {one['compute']:.1f} |"
+            f"{one['waited']:.1f} | {1 - one['waited'] / one['lasted']:.0%} | {one['transfer']:.1f} | "
+            f"{1 - one['transfer_waited'] / one['transfer']:.0%} | {one['compute']:.1f} |"
         )
     lines += [
         "",

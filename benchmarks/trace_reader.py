@@ -55,9 +55,13 @@ class Trace:
     """The main thread's events, and gloo's."""
 
     def __init__(self, path: Path) -> None:
-        raw = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X" and isinstance(e["tid"], int)]
+        whole = json.loads(path.read_text())
+        raw = [e for e in whole["traceEvents"] if e["ph"] == "X" and isinstance(e["tid"], int)]
         step = next(e for e in raw if e["name"] == STEP)
         self.origin, self.thread = step["ts"], step["tid"]
+        self.clock = (
+            whole.get("baseTimeNanoseconds", 0) / 1e6 + self.origin / 1e3
+        )  # of the step's beginning: all ranks of a machine have one
         self.events = sorted((self._event(e) for e in raw if e["tid"] == self.thread), key=lambda e: (e.start, -e.end))
         self.gloo = sorted((self._event(e) for e in raw if e["name"] == ALL_TO_ALL), key=lambda e: e.start)
         self.modules = [e for e in self.events if e.name.startswith(MODULE)]
@@ -91,6 +95,10 @@ class Trace:
                 return f"{module.name.removeprefix(MODULE)}, backward"
             return event.name.removeprefix(NODE).removesuffix("0").removesuffix("Backward") + ", backward"
         return event.name.removeprefix("aten::")
+
+    def waited(self, start: float, end: float) -> float:
+        """Milliseconds of this time in which the thread stood still for some exchange."""
+        return sum(max(0.0, min(wait.end, end) - max(wait.start, start)) for wait in self.waits)
 
     def outermost(self, start: float, end: float) -> list[Event]:
         """Events that lie in this time and in no other event of this time."""
@@ -132,7 +140,7 @@ class Trace:
                         awaited=event.start,
                         finished=event.end,
                         end=work.end,
-                        waited=sum(max(0.0, min(w.end, work.end) - max(w.start, begin.start)) for w in self.waits),
+                        waited=self.waited(begin.start, work.end),
                         between=dict(between.most_common()),
                     )
                 )

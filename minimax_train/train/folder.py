@@ -44,11 +44,10 @@ class RunFolder:
     def adopt(self, plan: Plan) -> None:
         """Makes the folder this plan's: a new run, or the same one going on. ValueError listing what may not change.
 
-        A run may go on with other `steps`, checkpoint and validation intervals, layout and ranks; nothing else.
+        A run may go on with other `steps`, checkpoint and validation intervals, layout, recomputation and ranks; nothing else.
         """
         if self.plan.exists():
-            different = differences(as_tree(plan), as_tree(self.load_plan()))
-            refused = [line for line in different if line.split(":")[0].split(".")[0] not in CHANGEABLE]
+            refused = differences(_what_stays(plan), _what_stays(self.load_plan()))
             if refused:
                 raise ValueError(
                     f"run {self.path} was started with another plan (its own -> yours): {'; '.join(refused)}; use a new --to for a new run"
@@ -62,6 +61,13 @@ class RunFolder:
     def write_facts(self, facts: dict[str, Any]) -> None:
         """`run.json`: what ran where."""
         replace_text(self.facts, json.dumps(facts, indent=1))
+
+
+def _what_stays(plan: Plan) -> dict[str, Any]:
+    """The fields in which a run must not change."""
+    tree = {name: value for name, value in as_tree(plan).items() if name not in CHANGEABLE}
+    tree["stages"] = [{name: value for name, value in stage.items() if name != "recompute"} for stage in tree["stages"]]
+    return tree
 
 
 def replace_text(path: Path, text: str) -> None:

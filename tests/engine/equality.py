@@ -18,6 +18,7 @@ from data.batches import Row as DataRow
 from data.dataset import TokenDataset
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.engine.session import Session, session
+from minimax_train.model.recompute import Recompute
 from minimax_train.train.resume import Opening, restore
 from minimax_train.train.rows import to_row
 from parallel.collectives import all_sum
@@ -125,6 +126,7 @@ def train_on(
     rows_in_batch: int = ROWS,
     packings: Sequence[Sequence[int]] = (),
     late: bool = False,
+    recompute: Recompute = "none",
 ) -> Outcome:
     """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; after `load`, one step."""
     torch.set_num_threads(1)
@@ -139,6 +141,8 @@ def train_on(
         if joined.groups.pipeline.rank() == 0:  # megatron-core gives later pipeline ranks one bucket
             for chunk, decoder in zip(trainer.chunks, trainer.decoders, strict=True):
                 assert min(len(chunk.bucket_groups), len(chunk.expert_parallel_bucket_groups)) > min(3, len(decoder.blocks))
+        for decoder in trainer.decoders:
+            decoder.recompute = recompute
         done = 0
         if load is not None:
             restore(trainer, Opening(checkpoint=load, record=verified_record(load), resumed=True, notes=[]), plan)

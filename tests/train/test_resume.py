@@ -87,6 +87,16 @@ def test_stopped_by_steps_and_gone_on_with_two_ranks(recipe: Path, undisturbed: 
         assert ours[step] == pytest.approx(numbers, rel=2e-5)
 
 
+def test_gone_on_under_another_layout(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Begun by two pipeline ranks, gone on by one that runs its layers twice: the same curve, and the same validation."""
+    begun = run("train", recipe, "--to", tmp_path / "run", "--ranks", 2, "--set", "layout.pipeline=2", "--set", "steps=4")
+    assert begun.returncode == 0, begun.stderr
+    done = run("train", recipe, "--to", tmp_path / "run", "--set", "stages.0.recompute=full", "--set", "stages.1.recompute=full")
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(figures(tmp_path / "run"), figures(undisturbed), strict=True):
+        assert [float.fromhex(x) for x in ours] == pytest.approx([float.fromhex(x) for x in theirs], rel=2e-5)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     assert run("train", recipe, "--to", tmp_path / "run", "--set", "steps=6").returncode == 0
     newest = checkpoints_in(tmp_path / "run" / "checkpoints")[-1]

@@ -1,0 +1,90 @@
+"""Layers that run again in the backward pass: the same bits, less memory, the same exchanges."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from minimax_train.engine.session import Session
+from minimax_train.model.decoder import Decoder
+from minimax_train.model.recompute import Recompute
+from minimax_train.model.row import Row
+from parallel.layout import Layout
+from parallel.testing import run_ranks
+from tests.engine.equality import hybrid, train_on
+
+
+@pytest.fixture
+def decoder(alone: Session) -> Decoder:
+    from minimax_train.engine.stage import bare, build_stage
+
+    return bare(build_stage(hybrid(), alone, seed=3))
+
+
+def bytes_kept(work: Callable[[], Any]) -> tuple[Any, int]:
+    """What `work` returns, and the bytes it allocated and did not free: what its backward needs."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = work()
+    return result, sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+
+
+def losses_gradients_bytes(decoder: Decoder, recompute: Recompute) -> tuple[Tensor, dict[str, Tensor], int]:
+    decoder.recompute = recompute
+    row = Row.of_documents([torch.arange(100), torch.arange(100, 256)])
+    row = row.with_labels((row.tokens + 7) % 300)
+    decoder.zero_grad()
+    (losses, routings), kept = bytes_kept(lambda: decoder(row))
+    (losses.sum() + sum(r.auxiliary_loss for r in routings)).backward()
+    return losses, {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}, kept
+
+
+def test_same_bits_and_less_memory(decoder: Decoder) -> None:
+    losses, gradients, kept = losses_gradients_bytes(decoder, "none")
+    again, same_gradients, less = losses_gradients_bytes(decoder, "full")
+    assert torch.equal(losses, again)
+    assert gradients.keys() == same_gradients.keys() == {name for name, _ in decoder.named_parameters()}
+    assert all(torch.equal(same_gradients[name], gradient) for name, gradient in gradients.items())
+    inputs = 8 * 256 * 32 * 4  # layers x tokens x hidden x fp32: what must stay
+    assert inputs < less < 3 * inputs
+    assert kept > 10 * less
+
+
+def test_the_choice_of_experts_is_kept(decoder: Decoder) -> None:
+    """A router whose weight is changed before the backward pass chooses others; the second run must not."""
+    row = Row.of_documents([torch.arange(200)])
+    row = row.with_labels((row.tokens + 7) % 300)
+    chosen: list[list[int]] = []
+    handle = decoder.blocks["7"].experts.router.register_forward_hook(lambda m, i, o: chosen.append(o[1].flatten().tolist()))
+    decoder.recompute = "full"
+    losses, _ = decoder(row)
+    with torch.no_grad():
+        decoder.blocks["7"].experts.router.weight.neg_()
+    losses.sum().backward()
+    handle.remove()
+    assert len(chosen) == 2
+    assert chosen[0] == chosen[1]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(pipeline=2, context=2),
+        pytest.param(Layout(tensor=2, context=2), marks=pytest.mark.slow),
+        pytest.param(Layout(pipeline=2, virtual_pipeline=2, tensor=2), marks=pytest.mark.slow),
+    ],
+    ids=["pipeline context", "tensor context", "interleaved tensor"],
+)
+def test_exchanges_run_again_in_order(corpus: Path, layout: Layout) -> None:
+    """The same bits; with late exchanges what is taken before it came would be NaN."""
+    once, twice = (run_ranks(4, again, corpus, layout, recompute)[3] for recompute in ("none", "full"))
+    assert once.reports == twice.reports
+    for ours, theirs in ((twice.gradients, once.gradients), (twice.weights, once.weights)):
+        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def again(place: Any, corpus: Path, layout: Layout, recompute: Recompute) -> Any:
+    return train_on(place, corpus, layout, {}, steps=2, late=layout.context > 1, recompute=recompute)
