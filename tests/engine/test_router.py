@@ -39,8 +39,13 @@ def one_rank(corpus: Path) -> Outcome:
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(2, Layout(context=2)), (2, Layout(tensor=2)), (4, Layout(context=2, tensor=2, owners="balanced"))],
-    ids=["context2", "tensor2", "context2 tensor2 balanced"],
+    [
+        (2, Layout(context=2)),
+        (2, Layout(tensor=2)),
+        (4, Layout(context=2, tensor=2, owners="balanced")),
+        (4, Layout(pipeline=2, context=2)),
+    ],
+    ids=["context2", "tensor2", "context2 tensor2 balanced", "pipeline2 context2"],
 )
 def test_training_with_a_capacity_equals_one_rank(corpus: Path, one_rank: Outcome, ranks: int, layout: Layout) -> None:
     assert min(one_rank.reports[0].routing.dropped) > 0.02
@@ -186,7 +191,9 @@ def step_of_units(place: Place, corpus: Path, layout: Layout, together: bool) ->
         return gradients(trainer, batch, joined), trainer.step(batch, 1e-3)
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, Layout()), (4, Layout(context=2)), (4, Layout(tensor=2))], ids=str)
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, Layout()), (4, Layout(context=2)), (4, Layout(tensor=2)), (4, Layout(pipeline=2))], ids=str
+)
 def test_a_unit_over_data_ranks_equals_one_row_of_its_rows(corpus: Path, ranks: int, layout: Layout) -> None:
     one, report = run_ranks(1, step_of_units, corpus, Layout(), True)[0]
     assert min(report.routing.dropped) > 0.02
