@@ -10,6 +10,7 @@ from typing import Literal
 
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.recompute import Recompute
+from minimax_train.model.router_options import RouterOptions
 from minimax_train.model.stages import Cut, cut_layers
 from parallel.heads import check_heads
 from parallel.layout import Layout
@@ -182,6 +183,7 @@ class Plan:
     """Multiply the LM head in fp32, as MiniMax-M1 does for its RL (arXiv 2506.13585 section 3.2)."""
     auxiliary_loss: float = 0.01
     """Coefficient of the router's balancing loss, which is 1 per layer at balance. Ours: MiniMax's 0.01 multiplies another form."""
+    router: RouterOptions = field(default_factory=RouterOptions)
     steps: int | None = None
     """Upper bound on optimizer steps over the whole run."""
     layout: Layout = field(default_factory=Layout)

@@ -50,32 +50,41 @@ class Journey:
 
     trips: tuple[Trip, ...]
     order: Tensor
-    """int64 `[tokens * choices]`: which choice, token first, each row is. Rows are sorted by token group, then by expert."""
+    """int64 `[tokens * choices]`: which choice, token first, each row is. Rows are sorted by token group, then by expert; those that the
+    router dropped come last."""
     inverse: Tensor
+    rows: int
+    """The first so many travel."""
 
 
 def plan_journey(expert_TK: Tensor, experts: int, groups: Groups, *, token_groups: int = 0, multiple: int = 1) -> Journey:
     """Where each choice of these tokens goes; all ranks of the block call it together, each with its own tokens.
 
-    `expert_TK` int64 in [0, experts). `token_groups`: 0 lets choose_groups decide, from counts that all ranks have. One small all-gather of
-    counts and, on a GPU, one copy of them to the host, for which the host waits.
+    `expert_TK` int64 in [0, experts], `experts` for a choice that was dropped. `token_groups`: 0 lets choose_groups decide, from counts
+    that all ranks have. One small all-gather of counts and, on a GPU, one copy of them to the host, for which the host waits.
     """
     ranks = groups.expert_block.size
     tried = token_groups or (MOST_GROUPS if ranks > 1 else 1)
-    counts = torch.zeros(tried * experts, dtype=torch.int64, device=expert_TK.device)
+    counts = torch.zeros(tried * experts + 1, dtype=torch.int64, device=expert_TK.device)
     chosen = expert_TK.flatten()
     counts.scatter_add_(0, _sort_keys(expert_TK, experts, tried), torch.ones_like(chosen))
-    everyones = OnHost(groups.expert_block.begin_all_gather(counts, "counts").finish()).finish().view(ranks, tried, experts)
+    everyones = OnHost(groups.expert_block.begin_all_gather(counts[:-1], "counts").finish()).finish().view(ranks, tried, experts)
     number = token_groups or choose_groups(int(everyones.sum()), experts, ranks)
     everyones = everyones.view(ranks, number, tried // number, experts).sum(2)
     order = _sort_keys(expert_TK, experts, number).argsort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     place, shape = (groups.expert.rank, groups.expert_tensor.rank), (groups.expert.size, groups.expert_tensor.size)
-    return Journey(trips=tuple(plan_trips(everyones, place, shape, multiple)), order=order, inverse=inverse)
+    return Journey(
+        trips=tuple(plan_trips(everyones, place, shape, multiple)),
+        order=order,
+        inverse=inverse,
+        rows=int(everyones[groups.expert_block.rank].sum()),
+    )
 
 
 def _sort_keys(expert_TK: Tensor, experts: int, groups: int) -> Tensor:
-    """`[T * K]`: token group * experts + expert. Group i has tokens T i / groups up to T (i + 1) / groups, rounded down."""
+    """`[T * K]`: token group * experts + expert; groups * experts where a choice was dropped. Group i has tokens T i / groups up to
+    T (i + 1) / groups, rounded down."""
     tokens, choices = expert_TK.shape
     if groups == 1:
         return expert_TK.flatten()
@@ -83,11 +92,11 @@ def _sort_keys(expert_TK: Tensor, experts: int, groups: int) -> Tensor:
     group_T = torch.zeros(tokens, dtype=torch.int64, device=expert_TK.device)
     for start in starts:
         group_T[start:] += 1
-    return (group_T[:, None] * experts + expert_TK).flatten()
+    return torch.where(expert_TK == experts, groups * experts, group_T[:, None] * experts + expert_TK).flatten()
 
 
 def experts_over_ranks(rows: Tensor, weights: Weights, compute: Compute, journey: Journey, groups: Groups) -> Tensor:
-    """What the experts of all ranks make of this rank's rows `[tokens * choices, size]`, in journey.order; the same shape.
+    """What the experts of all ranks make of this rank's rows `[journey.rows, size]`, in journey.order; the same shape.
 
     `weights`: this rank's experts. All ranks of the block call it together.
     """

@@ -22,6 +22,8 @@ class Groups:
     tensor: dist.ProcessGroup
     tensor_context: dist.ProcessGroup
     """Ranks that share one row."""
+    tensor_data_context: dist.ProcessGroup
+    """Ranks with the same layers; those of one row are neighbours."""
     pipeline: dist.ProcessGroup
     """Ranks that hold the layers, each some, of one copy of the model, and work on the same rows."""
     expert_data: dist.ProcessGroup
@@ -80,6 +82,7 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
         data_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor=parallel_state.get_tensor_model_parallel_group(),
         tensor_context=parallel_state.get_tensor_and_context_parallel_group(),
+        tensor_data_context=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         expert_data=parallel_state.get_expert_data_parallel_group(),
         expert=Channel(parallel_state.get_expert_model_parallel_group(), late=late),
@@ -97,7 +100,7 @@ def _warm(groups: Groups) -> None:
     """Connects every group now, in one order on all ranks: NCCL connects at the first use, and ranks that meet in different orders hang."""
     experts = (groups.expert, groups.expert_tensor, groups.expert_block)
     exchanges = [channel.group for channel in (*experts, groups.context, groups.key_value, groups.ring)]
-    shared = [groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.pipeline, groups.expert_data]
-    for group in (*shared, *exchanges):
+    shared = [groups.world, groups.data, groups.data_context, groups.tensor, groups.tensor_context, groups.tensor_data_context]
+    for group in (*shared, groups.pipeline, groups.expert_data, *exchanges):
         if group.size() > 1:
             wait_for_all(group)

@@ -8,10 +8,12 @@ from itertools import repeat
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from minimax_train.engine.routing_report import RoutingReport
 from minimax_train.engine.stage import bare
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.row import Row
@@ -24,10 +26,10 @@ class Report:
     """What one chunk of this rank's layers saw of one row."""
 
     layers: list[int]
-    tokens_per_expert: Tensor
-    """`[layers, experts]`, of the whole row: all ranks of the row have the same."""
+    routing: Tensor
+    """`[layers, experts + 2]`: model.router.Routing.sums, of this rank's tokens alone."""
     auxiliary: Tensor
-    """Sum over the layers; this rank's share of the row's."""
+    """Sum over the layers; this rank's share of the router's unit's, once for each of its rows."""
     loss: Tensor | None
     """Sum over this rank's predicted tokens, fp64; of the chunk that has the head alone. Tensor-parallel ranks have the same."""
     predicted: Tensor | None
@@ -47,17 +49,24 @@ class Totals:
     """Mean over rows and layers; 1 at balance."""
     imbalance: float
     """The busiest context rank's softmax attention over the mean rank's, mean over rows."""
-    expert_share: list[list[float]]
-    """Layers x experts: the share of choices each expert got."""
+    routing: RoutingReport
+    """Of every layer."""
 
 
 def run_batch(
-    chunks: list[DistributedDataParallel], rows: Sequence[Row], *, coefficient: float, forward_only: bool, counted: int | None = None
+    chunks: list[DistributedDataParallel],
+    rows: Sequence[Row],
+    *,
+    coefficient: float,
+    unit: dist.ProcessGroup | None = None,
+    forward_only: bool,
+    counted: int | None = None,
 ) -> list[Report]:
     """This rank's rows through its chunks of the layers: forward, and backward into the gradient buffers.
 
     Training rows have one length; forward alone takes any rows, whose shapes then travel ahead of them. `coefficient`: of the auxiliary
-    loss. The reports are this rank's own, of every chunk and of the first `counted` rows (None: all).
+    loss. `unit`: ranks whose rows the routers count together; None: each row alone. The reports are this rank's own, of every chunk and of
+    the first `counted` rows (None: all).
     """
     ranks, config = chunks[0].config.pipeline_model_parallel_size, chunks[0].config
     missing = -len(rows) % ranks if forward_only and len(chunks) > 1 else 0
@@ -65,7 +74,7 @@ def run_batch(
     reports: dict[int, list[Report]] = defaultdict(list)
     config.variable_seq_lengths = forward_only
     get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, coefficient=coefficient, reports=reports),
+        forward_step_func=partial(_forward_step, coefficient=coefficient, unit=unit, reports=reports),
         data_iterator=[iter(filled) for _ in chunks],
         model=chunks,
         num_microbatches=len(filled),
@@ -77,22 +86,30 @@ def run_batch(
 
 
 def _forward_step(
-    rows: Iterator[Row], chunk: DistributedDataParallel, *, coefficient: float, reports: dict[int, list[Report]]
+    rows: Iterator[Row],
+    chunk: DistributedDataParallel,
+    *,
+    coefficient: float,
+    unit: dist.ProcessGroup | None,
+    reports: dict[int, list[Report]],
 ) -> tuple[Tensor, Any]:
     """One row through one chunk. The loss is a sum over predicted tokens: megatron-core divides by their global number.
 
-    The auxiliary loss is taken per row, the unit that no layout changes, and weighs as much as the row's tokens; here is a share of it.
+    The auxiliary loss is taken per unit of the routers, and weighs as much as the unit's tokens; here is a share of it.
     The schedule asks the last stage alone for its loss, so that every chunk writes its own report.
     """
     row, decoder = next(rows), bare(chunk)
-    output, routings = chunk(row, coefficient * row.predicted)
+    weight: float | Tensor = row.predicted
+    if unit is not None:
+        weight = all_sum(torch.tensor(row.predicted, device=row.tokens.device), unit)
+    output, routings = chunk(row, coefficient * weight)
     last = decoder.is_last and row.labels is not None
     predicted = (row.labels >= 0).sum() if last and row.labels is not None else None  # on this rank
     reports[id(chunk)].append(
         Report(
             layers=[int(layer) for layer in decoder.blocks],
-            tokens_per_expert=torch.stack([r.tokens_per_expert for r in routings]),
-            auxiliary=torch.stack([r.auxiliary_loss.detach() for r in routings]).sum(),
+            routing=torch.stack([r.sums for r in routings]),
+            auxiliary=torch.stack([r.auxiliary_loss.detach() for r in routings]).sum() * (1 if unit is None else unit.size()),
             loss=output.detach().double().sum() if last else None,
             predicted=predicted,
             row=row,
@@ -106,27 +123,26 @@ def _forward_step(
 def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device: torch.device) -> Totals:
     """Sums over rows, chunks and ranks: one small collective, in which every figure is counted once.
 
-    Each rank of a row has a share of the auxiliary loss; tensor-parallel ranks have the same losses; and what is said of the whole
-    row is the same on all of its ranks. Of the whole row the stage with the head tells.
+    Each rank of a row has a share of the auxiliary loss, and tokens of its own that it routes; tensor-parallel ranks have the same losses;
+    and what is said of the whole row is the same on all of its ranks. Of the whole row the stage with the head tells.
     """
     ours, rows_ours = float(groups.tensor.rank() == 0), float(groups.tensor_context.rank() == 0)
     sums = torch.zeros(6, dtype=torch.float64, device=device)
-    counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64, device=device)
+    routing = torch.zeros(config.num_layers, config.num_experts + 2, dtype=torch.float64, device=device)
     for report in reports:
-        counts[report.layers] += report.tokens_per_expert * rows_ours
+        routing[report.layers] += report.routing
         sums[2] += report.auxiliary
         if report.loss is not None and report.predicted is not None:
             pieces = report.row.pieces
             sums[:2] += torch.stack([report.loss, report.predicted.double()]) * ours
             sums[3:] += sums.new_tensor([pieces.squares, 1, pieces.imbalance()]) * rows_ours
-    everything = all_sum(torch.cat([sums, counts.flatten()]), groups.world).cpu()
+    everything = all_sum(torch.cat([sums, routing.flatten()]), groups.world).cpu()
     loss, predicted, auxiliary, squares, rows, imbalance = everything[:6].tolist()
-    share = everything[6:].view(counts.shape)
     return Totals(
         loss=loss / max(predicted, 1.0),
         predicted_tokens=int(predicted),
         squares=int(squares),
         auxiliary_loss=auxiliary / rows / config.num_layers,
         imbalance=imbalance / rows,
-        expert_share=(share / share.sum(1, keepdim=True)).tolist(),
+        routing=RoutingReport.of(everything[6:].view(routing.shape), config.experts_per_token),
     )

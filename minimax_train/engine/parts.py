@@ -1,7 +1,7 @@
 """The model's parameters, made by megatron-core's tensor-parallel layers."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from minimax_train.kernels.choice import Backends
 from minimax_train.kernels.cross_entropy import Part, linear_cross_entropy
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.parts import Cut
+from minimax_train.model.router_options import RouterOptions
 from parallel.collectives import Channel, all_sum
 from parallel.groups import Groups
 
@@ -111,6 +112,7 @@ class MegatronParts:
     groups: Groups
     device: torch.device
     backends: Backends
+    router: RouterOptions = field(default_factory=RouterOptions)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,9 +126,6 @@ class MegatronParts:
     @property
     def total(self) -> Callable[[Tensor], Tensor] | None:
         return partial(all_sum, group=self.groups.tensor) if self.ranks > 1 else None
-
-    def sum_over_row(self, x: Tensor) -> Tensor:
-        return all_sum(x, self.groups.tensor_context) if self.groups.tensor_context.size() > 1 else x
 
     def mine(self, size: int) -> range:
         rank, part = self.groups.tensor.rank(), divide(size, self.ranks)

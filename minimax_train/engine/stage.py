@@ -15,6 +15,7 @@ from minimax_train.model.config import ModelConfig
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.initialise import initialise
 from minimax_train.model.router import Routing
+from minimax_train.model.router_options import RouterOptions
 from minimax_train.model.row import Row
 from minimax_train.plan import Precision
 
@@ -54,7 +55,7 @@ class PipelineStage(MegatronModule):
         """What the previous stage sent, `[T, 1, hidden]`; the first one gets nothing."""
         (self.received,) = x
 
-    def forward(self, row: Row, auxiliary_weight: float) -> tuple[Tensor, list[Routing]]:
+    def forward(self, row: Row, auxiliary_weight: float | Tensor) -> tuple[Tensor, list[Routing]]:
         """On the last stage losses `[T]`, on others what the next one gets, `[T, 1, hidden]`; and the routing of these layers.
 
         Each layer's auxiliary loss, `auxiliary_weight` times, joins what training descends.
@@ -77,10 +78,11 @@ def build_stage(
     seed: int | None = 0,
     fp32_head: bool = False,
     rope_base: float = 10_000.0,
+    router: RouterOptions | None = None,
 ) -> PipelineStage:
     """The whole model on this rank, its weights drawn from `seed` (None: left unset, to be loaded)."""
     layers = range(config.num_layers)
-    return build_stages(config, session, (layers,), dtype=dtype, seed=seed, fp32_head=fp32_head, rope_base=rope_base)[0]
+    return build_stages(config, session, (layers,), dtype=dtype, seed=seed, fp32_head=fp32_head, rope_base=rope_base, router=router)[0]
 
 
 def build_stages(
@@ -92,13 +94,15 @@ def build_stages(
     seed: int | None = 0,
     fp32_head: bool = False,
     rope_base: float = 10_000.0,
+    router: RouterOptions | None = None,
 ) -> list[PipelineStage]:
     """The layers that this rank holds, chunk by chunk; a weight is the same whichever rank draws it."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
     expert_sizes = (config.hidden_size, config.expert_ffn_size // session.groups.layout.expert_tensor)
     backends = best_backends(session.device, torch_dtype, config.head_dim, expert_sizes)
-    parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends)
+    router = router or RouterOptions()
+    parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends, router=router)
     stages = []
     for chunk, layers in enumerate(chunks):
         decoder = Decoder(config, parts, layers=layers, fp32_head=fp32_head, rope_base=rope_base)

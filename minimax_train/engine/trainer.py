@@ -34,7 +34,7 @@ class Trainer:
         the first, whose reduction nobody waits for, have one bucket."""
         self.plan, self.session = plan, session
         held = plan.cut.held(session.groups.pipeline.rank())
-        stages = build_stages(plan.model, session, held, dtype=plan.precision, seed=plan.seed, fp32_head=plan.fp32_head)
+        stages = build_stages(plan.model, session, held, dtype=plan.precision, seed=plan.seed, fp32_head=plan.fp32_head, router=plan.router)
         self.chunks = [_data_parallel(stage, bucket_size) for stage in stages]
         self.decoder: nn.Module = together(self.decoders)
         """This rank's part of the model: parameters under their global names."""
@@ -72,7 +72,8 @@ class Trainer:
 
     def descend(self, rows: list[Row]) -> Totals:
         """Gradients of a batch, as the optimizer takes them: per predicted token, summed over all ranks."""
-        reports = run_batch(self.chunks, rows, coefficient=self.plan.auxiliary_loss, forward_only=False)
+        unit = self.session.groups.data if self.plan.router.unit == "data" else None
+        reports = run_batch(self.chunks, rows, coefficient=self.plan.auxiliary_loss, unit=unit, forward_only=False)
         return total(reports, self.plan.model, self.session.groups, self.session.device)
 
     @torch.no_grad()

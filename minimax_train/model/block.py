@@ -33,5 +33,5 @@ class Block(nn.Module):
         """`[T, hidden]` -> `[T, hidden]`."""
         h = self.attention_norm(x_TC)
         h = self.experts_norm(self.alpha * h + self.beta * self.attention(h, documents))
-        y, routing = self.experts(h)
+        y, routing = self.experts(h, documents.places)
         return self.alpha_experts * h + self.beta_experts * y, routing

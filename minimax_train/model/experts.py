@@ -4,6 +4,7 @@ y = sum_k p_k * W_2( SiLU(W_1 x) * (W_3 x) ), k and p_k by the router
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
@@ -59,13 +60,18 @@ class Experts(nn.Module):
         self.gate_up = parts.experts(count, 2 * ffn, hidden, axis=1, matrices=2, dtype=parts.dtype)
         self.down = parts.experts(count, hidden, ffn, axis=2, dtype=parts.dtype)
 
-    def forward(self, x_TC: Tensor) -> tuple[Tensor, Routing]:
-        """`[T, hidden]` -> `[T, hidden]`, every choice computed (dropless). All ranks of the block call it together."""
-        weight_TK, expert_TK, routing = self.router(x_TC)
+    def forward(self, x_TC: Tensor, places_S: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """`[T, hidden]` -> `[T, hidden]`; choices that the router dropped are not computed and add nothing. `places_S`: see the router.
+
+        All ranks of the block call it together.
+        """
+        weight_TK, expert_TK, routing = self.router(x_TC, places_S)
         groups, multiple = self.groups.layout.token_groups, rows_multiple(self.compute.backend)
         journey = plan_journey(expert_TK, self.count, self.groups, token_groups=groups, multiple=multiple)
-        rows = _Spread.apply(x_TC, journey.order, journey.inverse)
+        rows = _Spread.apply(x_TC, journey.order, journey.inverse)[: journey.rows]
         rows = experts_over_ranks(rows, (self.gate_up, self.down), self.compute, journey, self.groups)
+        if journey.rows < len(journey.order):
+            rows = F.pad(rows, (0, 0, 0, len(journey.order) - journey.rows))
         rows = _Permute.apply(rows, journey.inverse, journey.order)
         y_TC = (rows.view(*expert_TK.shape, -1) * weight_TK[..., None].to(rows.dtype)).sum(dim=1)
         return y_TC, routing

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from minimax_train.kernels.choice import Backends
+from minimax_train.model.router_options import RouterOptions
 from parallel.groups import Groups
 
 
@@ -35,6 +36,11 @@ class Parts(Protocol):
         ...
 
     @property
+    def router(self) -> RouterOptions:
+        """How routers are trained."""
+        ...
+
+    @property
     def groups(self) -> Groups:
         """Who else there is."""
         ...
@@ -42,10 +48,6 @@ class Parts(Protocol):
     @property
     def total(self) -> Callable[[Tensor], Tensor] | None:
         """Sums a tensor over the tensor-parallel group, without gradient; None where there is one rank."""
-        ...
-
-    def sum_over_row(self, x: Tensor) -> Tensor:
-        """`x` summed, without gradient, over all ranks that share a packed row."""
         ...
 
     @property

@@ -65,6 +65,8 @@ class Documents:
     back: Flow
     turn: tuple[Tensor, Tensor]
     """Rotary (cos, sin) at each token's position in its document."""
+    places: Tensor
+    """`[T]` int64: where in the whole row each token stands."""
 
     @classmethod
     def of(cls, row: Row, turn: tuple[Tensor, Tensor]) -> "Documents":
@@ -73,4 +75,5 @@ class Documents:
         cu_seqlens = torch.tensor(local.bounds, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         documents = LocalDocuments(cu_seqlens=cu_seqlens, bounds=list(local.bounds), enters=local.enters, leaves=local.leaves)
         flow = state_flow(row.pieces)
-        return cls(pieces=row.pieces, local=documents, flow=flow, back=flow.mirrored(), turn=turn)
+        places = torch.cat([torch.arange(run.start, run.stop, device=device) for run in row.pieces.runs(row.rank)])
+        return cls(pieces=row.pieces, local=documents, flow=flow, back=flow.mirrored(), turn=turn, places=places)

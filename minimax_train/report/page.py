@@ -15,6 +15,7 @@ from minimax_train.report.canvas import png
 from minimax_train.report.plots import Plot, expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
+from minimax_train.report.router_plot import router_plot
 from minimax_train.report.summary import Summary, notices, summarize
 
 
@@ -32,7 +33,7 @@ class Picture:
 
 
 def write_report(run: Path) -> Path:
-    """Writes `run`/report/index.html and report/NAME.png (loss, positions, experts, throughput, optimizer); returns the page's path.
+    """Writes `run`/report/index.html and report/NAME.png (one a plot: loss, experts and so on); returns the page's path.
 
     On return the directory holds this report and nothing else; until then whatever stood there before. The page is one file: plots are
     in it, nothing is fetched. The same run gives the same bytes. Raises ValueError for a missing or broken file of the run.
@@ -43,6 +44,7 @@ def write_report(run: Path) -> Path:
         loss_plot(record, summary),
         position_plot(record.name, record.positions),
         expert_plot(record),
+        router_plot(record),
         throughput_plot(record, summary),
         optimizer_plot(record),
     )

@@ -14,7 +14,7 @@ from minimax_train.report.record import Record
 from minimax_train.report.summary import Summary
 from minimax_train.report.words import decimal, nats
 
-_TOKENS = "tokens trained on (K = 1,000)"
+TOKENS = "tokens trained on (K = 1,000)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ def loss_plot(record: Record, summary: Summary) -> Plot:
         return Plot(name="loss", title=title, caption="", absent="no training step yet.")
     figure = canvas.sheet(4.8, f"{record.name}: {title.lower()}")
     axes = figure.add_subplot()
-    canvas.style(axes, x=_TOKENS, y="loss (nats per token)")
+    canvas.style(axes, x=TOKENS, y="loss (nats per token)")
     canvas.token_axis(axes, record, names=True)
     canvas.raw_and_smooth(axes, training.tokens, training.loss, training.stage, "training")
     if validation.step.size:
@@ -97,7 +97,7 @@ def expert_plot(record: Record) -> Plot:
 
 def _largest_load(figure: SubFigure, record: Record) -> None:
     training, axes = record.training, figure.add_subplot()
-    canvas.style(axes, x=_TOKENS, y="× even share")
+    canvas.style(axes, x=TOKENS, y="× even share")
     canvas.token_axis(axes, record, names=True)
     canvas.raw_and_smooth(axes, training.tokens, training.expert_load_max, training.stage, "largest load")
     axes.axhline(1, color=INK, linewidth=1.5, linestyle=(0, (6, 3)), label="even share")
@@ -138,7 +138,7 @@ def throughput_plot(record: Record, summary: Summary) -> Plot:
     mfu = bool(np.isfinite(training.mfu).any())
     figure = canvas.sheet(5.8 if mfu else 4.0, f"{record.name}: {title.lower()}")
     panels = figure.subplots(2 if mfu else 1, 1, sharex=True, squeeze=False, height_ratios=(3, 2) if mfu else None)[:, 0]
-    canvas.style(panels[0], y="tokens per second", x="" if mfu else _TOKENS)
+    canvas.style(panels[0], y="tokens per second", x="" if mfu else TOKENS)
     canvas.token_axis(panels[0], record, names=True)
     canvas.by_stage(panels[0], training.tokens, training.tokens_per_second, training.stage, label="each step", linewidth=1.3)
     for number, row in enumerate(summary.stages):
@@ -150,7 +150,7 @@ def throughput_plot(record: Record, summary: Summary) -> Plot:
     panels[0].yaxis.set_major_formatter(FuncFormatter(decimal))
     canvas.legend(figure, panels[0])
     if mfu:
-        canvas.style(panels[1], x=_TOKENS, y="MFU")
+        canvas.style(panels[1], x=TOKENS, y="MFU")
         canvas.token_axis(panels[1], record, names=False)
         canvas.by_stage(panels[1], training.tokens, training.mfu, training.stage, linewidth=1.3)
         panels[1].set_ylim(bottom=0)
@@ -180,7 +180,7 @@ def optimizer_plot(record: Record) -> Plot:
     _log_when_wide(norm, training.grad_norm)
     canvas.mark_non_finite(norm, training.tokens, training.grad_norm, "gradient norm")
     canvas.legend(figure, norm)
-    canvas.style(rate, x=_TOKENS, y="learning rate")
+    canvas.style(rate, x=TOKENS, y="learning rate")
     canvas.token_axis(rate, record, names=False)
     canvas.by_stage(rate, training.tokens, training.lr, training.stage, linewidth=1.8)
     rate.set_ylim(bottom=0)

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from minimax_train.report.positions import PositionLosses, read_positions
+from minimax_train.report.routers import Routers, collect_routers, read_router
 
 _REQUIRED = ("tokens", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds")
 _OPTIONAL = ("mfu", "expert_load_max")
@@ -57,7 +58,7 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All a report needs. `positions` and `facts` are None where their file is missing; `remarks` are said on the page."""
+    """All a report needs. `routers`, `positions` and `facts` are None where there is nothing of them; `remarks` are said on the page."""
 
     name: str
     directory: str
@@ -65,6 +66,7 @@ class Record:
     stages: tuple[Stage, ...]
     training: Training
     validation: Validation
+    routers: Routers | None
     positions: tuple[PositionLosses, ...] | None
     facts: Mapping[str, Any] | None
     remarks: tuple[str, ...]
@@ -105,6 +107,7 @@ def read_record(run: Path) -> Record:
         stages=stages,
         training=_training(line for line in lines if "loss" in line),
         validation=_validation([line for line in lines if "validation_loss" in line]),
+        routers=collect_routers([line.get("router") for line in lines if "loss" in line]),
         positions=read_positions(read_json(run / "evaluation" / "positions.json"), run / "evaluation" / "positions.json"),
         facts=facts,
         remarks=remarks,
@@ -189,6 +192,8 @@ def _checked(line: dict[str, Any], where: str, stage_number: Mapping[str, int]) 
         if value is not None and not isinstance(value, int | float):
             raise ValueError(f"{where}: {key!r} is {value!r}: it must be a number or null")
         checked[key] = math.nan if value is None else float(value)
+    if not validation and line.get("router"):
+        checked["router"] = read_router(line["router"], where)
     if validation and line.get("expert_load"):
         try:
             checked["expert_load"] = np.array(line["expert_load"], dtype=np.float64).reshape(len(line["expert_load"]), -1)

@@ -23,7 +23,7 @@ from minimax_train.engine.trainer import StepReport, Trainer
 from minimax_train.model.count import count_parameters, training_flops
 from minimax_train.plan import Plan, Stage
 from minimax_train.train.folder import RunFolder, owned
-from minimax_train.train.metrics import Metrics
+from minimax_train.train.metrics import Metrics, routing_figures
 from minimax_train.train.peak import peak_flops
 from minimax_train.train.resume import Opening, open_data, open_run, restore
 from minimax_train.train.rows import to_row
@@ -190,7 +190,7 @@ class _Run:
                 "tokens_per_second": stage.batch_tokens / seconds,
                 "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
                 "step_seconds": seconds,
-                "expert_load_max": max(max(layer) for layer in report.expert_share) * self.plan.model.num_experts,
+                **routing_figures(report.routing),
             }
             self.metrics.write(self._where(stage) | figures)
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
@@ -224,7 +224,7 @@ class _Run:
 
 
 def _validation_figures(result: Totals) -> dict[str, Any]:
-    return {"validation_loss": result.loss, "validation_tokens": result.predicted_tokens, "expert_load": result.expert_share}
+    return {"validation_loss": result.loss, "validation_tokens": result.predicted_tokens, "expert_load": result.routing.share}
 
 
 @contextmanager

@@ -4,11 +4,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from minimax_train.engine.routing_report import RoutingReport
 from minimax_train.train.folder import RunFolder, replace_text
 
 SHOWN = {"loss": "loss", "validation_loss": "validation", "lr": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
@@ -20,6 +22,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def routing_figures(routing: RoutingReport) -> dict[str, Any]:
+    """The routers' figures of a step: scalars over all layers, and under `router` a list over the layers of each."""
+    layers = {
+        "entropy": routing.entropy,
+        "load_entropy": routing.load_entropy,
+        "load_max": routing.largest_load,
+        "dropped": routing.dropped,
+    }
+    return {
+        "expert_load_max": max(routing.largest_load),
+        "router_entropy": fmean(routing.entropy),
+        "dropped_fraction": fmean(routing.dropped),
+        "router": {name: [round(value, 5) for value in values] for name, values in layers.items()},
+    }
 
 
 class Metrics:
@@ -43,6 +61,9 @@ class Metrics:
         for name, value in figures.items():
             if isinstance(value, (int, float)) and name not in ("step", "stage"):
                 self._board.add_scalar(name, value, figures["step"])
+        for name, layers in figures.get("router", {}).items():
+            for layer, value in enumerate(layers):
+                self._board.add_scalar(f"router_{name}/layer_{layer:02}", value, figures["step"])
         text = ", ".join(f"{shown} {figures[name]:.4g}" for name, shown in SHOWN.items() if name in figures)
         if not self._bar.disable:
             self._bar.set_description(f"stage {figures['stage']}")

@@ -191,7 +191,9 @@ def same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5, *, weights: fl
     for a, b in zip(ours.reports, theirs.reports, strict=True):
         for name in ("loss", "grad_norm", "auxiliary_loss"):
             assert getattr(a, name) == pytest.approx(getattr(b, name), rel=tolerance), name
-        assert (a.predicted_tokens, a.squares, a.expert_share) == (b.predicted_tokens, b.squares, b.expert_share)
+        assert (a.predicted_tokens, a.squares, a.routing.share) == (b.predicted_tokens, b.squares, b.routing.share)
+        assert a.routing.dropped == b.routing.dropped
+        assert a.routing.entropy == pytest.approx(b.routing.entropy, rel=tolerance)
     for mine, other, limit in ((ours.gradients, theirs.gradients, tolerance), (ours.weights, theirs.weights, weights)):
         assert mine.keys() == other.keys()
         for name, tensor in other.items():

@@ -130,8 +130,9 @@ def test_validation_scores_are_the_same(corpus: Path, ranks: int, layout: Layout
     for found in run_ranks(ranks, scores, corpus, layout):
         for ours, theirs in zip(found, alone, strict=True):
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
-            for name in ("predicted_tokens", "squares", "expert_share"):
-                assert getattr(ours, name) == getattr(theirs, name)
+            assert (ours.predicted_tokens, ours.squares) == (theirs.predicted_tokens, theirs.squares)
+            assert (ours.routing.share, ours.routing.dropped) == (theirs.routing.share, [0.0] * 8)
+            assert ours.routing.entropy == pytest.approx(theirs.routing.entropy, rel=1e-6)
 
 
 def stages(place: Place, corpus: Path, layout: Layout) -> tuple[list[list[str]], int, int]:

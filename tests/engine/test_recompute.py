@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from minimax_train.engine.session import Session
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.recompute import Recompute
+from minimax_train.model.router_options import RouterOptions
 from minimax_train.model.row import Row
 from parallel.layout import Layout
 from parallel.testing import run_ranks
@@ -79,8 +80,12 @@ def test_what_was_sent_is_freed(alone: Session) -> None:
     assert all(torch.equal(p.grad, gradients[name]) for name, p in stage.named_parameters())
 
 
-def test_the_choice_of_experts_is_kept(decoder: Decoder) -> None:
-    """A router whose weight is changed before the backward pass chooses others; the second run must not."""
+@pytest.mark.parametrize("capacity", [None, 1.0])
+def test_the_choice_of_experts_is_kept(alone: Session, capacity: float | None) -> None:
+    """A router whose weight is changed before the backward pass chooses, and drops, others; the second run must not."""
+    from minimax_train.engine.stage import bare, build_stage
+
+    decoder = bare(build_stage(hybrid(), alone, seed=3, router=RouterOptions(capacity=capacity)))
     row = Row.of_documents([torch.arange(200)])
     row = row.with_labels((row.tokens + 7) % 300)
     chosen: list[list[int]] = []
@@ -93,6 +98,7 @@ def test_the_choice_of_experts_is_kept(decoder: Decoder) -> None:
     handle.remove()
     assert len(chosen) == 2
     assert chosen[0] == chosen[1]
+    assert (4 in chosen[0]) == (capacity is not None)  # the mark of a dropped choice
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,20 @@ def metrics() -> list[dict[str, Any]]:
                 }
                 | {"tokens_per_second": pace, "mfu": None, "step_seconds": batch / pace}
                 | {"expert_load_max": 1.2 + 2.5 * np.exp(-step / 25) + random.gamma(2, 0.05), "another_key": "kept out"}
+                | {"router": _router(step)}
             )
             if i + 1 in (steps // 2, steps):
                 lines.append(_validation(random, step, name, tokens, length, loss + 0.08))
     return lines
+
+
+def _router(step: int) -> dict[str, Any]:
+    """Routers that get certain, the later layers first, and lose balance in the last one."""
+    layer, even = np.arange(LAYERS), np.log(EXPERTS)
+    entropy = even * (1 - 0.6 * (1 - np.exp(-step / 40)) * (layer + 1) / LAYERS) + np.random.default_rng(step).normal(0, 0.01, LAYERS)
+    load_entropy = even - 0.05 - 0.8 * (layer == LAYERS - 1) * (1 - np.exp(-step / 60))
+    dropped = np.where(layer == LAYERS - 1, 0.3, 0.04) * np.exp(-step / 80)
+    return {"entropy": entropy.tolist(), "load_entropy": load_entropy.tolist(), "load_max": [1.5] * LAYERS, "dropped": dropped.tolist()}
 
 
 def _validation(random: np.random.Generator, step: int, stage: str, tokens: int, length: int, loss: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from minimax_train.report.canvas import fit, png, smooth, window_for
 from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
+from minimax_train.report.router_plot import router_plot
 from minimax_train.report.summary import summarize
 from minimax_train.report.words import binary, brief, change, decimal, duration, nats
 
@@ -123,6 +124,54 @@ def test_expert_map_is_share_times_experts_around_one(record: Record, synthetic:
     np.testing.assert_allclose(drawn, record.validation.expert_load * synthetic.EXPERTS)
     assert float(image.norm(1.0)) == 0.5
     assert f"from {drawn.min():.2f} to {drawn.max():.2f} times an even share" in plot.alt
+
+
+def test_router_maps_show_every_layer_over_the_tokens(record: Record, synthetic: Any) -> None:
+    entropy, load, dropped, *_ = (axes for axes in _axes(router_plot(record).figure) if axes.get_label() != "<colorbar>")
+    lines = [line for line in synthetic.metrics() if "loss" in line]
+    for axes, name in ((entropy, "entropy"), (load, "load_entropy")):
+        (mesh,) = axes.collections
+        figures = np.array([line["router"][name] for line in lines]).T
+        np.testing.assert_allclose(mesh.get_array(), figures)
+        edges = mesh.get_coordinates()[0, :, 0]
+        assert edges.tolist() == [0, *(line["tokens"] for line in lines)]
+        assert mesh.get_clim()[1] == pytest.approx(np.log(synthetic.EXPERTS))
+    worst = _line(dropped, "the layer that drops most").get_ydata()
+    np.testing.assert_allclose(worst, [line["router"]["dropped"][-1] for line in lines])
+
+
+def test_router_maps_of_many_steps_are_means(make_run: MakeRun, synthetic: Any) -> None:
+    lines = [line for line in synthetic.metrics() if "loss" in line]
+    many = [lines[-1] | {"step": 1000 + i, "tokens": 1_146_880 + 8 * i, "router": lines[i % 2]["router"]} for i in range(800)]
+    record = read_record(make_run(lines=many))
+    (mesh,) = _axes(router_plot(record).figure)[0].collections
+    mean = np.mean([line["router"]["entropy"] for line in lines[:2]], axis=0)
+    np.testing.assert_allclose(mesh.get_array(), np.repeat(mean[:, None], 400, axis=1))
+    assert mesh.get_coordinates()[0, 1:, 0].tolist() == [line["tokens"] for line in many[1::2]]
+
+
+def test_routers_without_drops_and_without_figures(make_run: MakeRun, synthetic: Any) -> None:
+    lines = synthetic.metrics()
+    for line in lines:
+        if "router" in line:
+            line["router"]["dropped"] = [0.0] * synthetic.LAYERS
+    kept, run = [line for line in lines if line["step"] > 3], make_run(lines=lines)
+    assert len([axes for axes in _axes(router_plot(read_record(run)).figure) if axes.get_label() != "<colorbar>"]) == 2
+    without = [{key: value for key, value in line.items() if key != "router"} for line in lines if line["step"] <= 3]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without + kept))
+    record = read_record(run)
+    (mesh,) = _axes(router_plot(record).figure)[0].collections
+    assert mesh.get_coordinates()[0, 0, 0] == without[-1]["tokens"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
+    assert router_plot(read_record(run)).absent == "no line of metrics.jsonl has the routers' figures."
+
+
+@pytest.mark.parametrize("broken", [{"entropy": [1.0]}, {"entropy": 1, "load_entropy": 1, "load_max": 1, "dropped": 1}, [1.0], "x"])
+def test_broken_router_figures_are_refused(make_run: MakeRun, synthetic: Any, broken: Any) -> None:
+    lines = synthetic.metrics()
+    lines[5]["router"] = broken
+    with pytest.raises(ValueError, match=r"metrics.jsonl line 6: 'router' must hold entropy, load_entropy, load_max, dropped: each a list"):
+        read_record(make_run(lines=lines))
 
 
 def test_throughput_shows_mfu_where_measured(make_run: MakeRun, synthetic: Any) -> None:
