@@ -210,6 +210,7 @@ def _travel(
         yield
         x = torch.cat([part[:length] for part, length in zip(pending.finish(), trip.gathered, strict=True)])
     y = _back_to_sources(work(number, _by_expert(x, trip)), trip)
+    del x  # not to be held while its results travel
     if slices.size > 1:
         mine = trip.gathered[trip.rank[1]]
         pending = slices.begin_all_to_all(y, trip.gathered, [mine] * slices.size, "scatter" + name)
