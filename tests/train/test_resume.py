@@ -88,7 +88,7 @@ def test_stopped_by_steps_and_gone_on_with_two_ranks(recipe: Path, undisturbed: 
 
 
 def test_gone_on_under_another_layout(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """Begun by two pipeline ranks in turns, gone on in the second stage by one that runs its layers twice: the same curve and validation."""
+    """Begun by two pipeline ranks in turns, gone on in the second stage by one that runs layers twice: the same curve and validation."""
     options = ("--ranks", 2, "--set", "layout.pipeline=2", "--set", "layout.virtual_pipeline=2", "--set", "steps=7")
     begun = run("train", recipe, "--to", tmp_path / "run", *options)
     assert begun.returncode == 0, begun.stderr
