@@ -23,7 +23,7 @@ from parallel.groups import Groups
 class Report:
     """What one chunk of this rank's layers saw of one row."""
 
-    layers: list[int]
+    layers: range
     tokens_per_expert: Tensor
     """`[layers, experts]`, of the whole row: all ranks of the row have the same."""
     auxiliary: Tensor
@@ -86,14 +86,13 @@ def _forward_step(
     """
     row, decoder = next(rows), bare(chunk)
     output, routings = chunk(row, coefficient * row.predicted)
-    last = decoder.is_last and row.labels is not None
-    predicted = (row.labels >= 0).sum() if last and row.labels is not None else None  # on this rank
+    predicted = (row.labels >= 0).sum() if decoder.is_last and row.labels is not None else None  # on this rank
     reports[id(chunk)].append(
         Report(
-            layers=[int(layer) for layer in decoder.blocks],
+            layers=decoder.layers,
             tokens_per_expert=torch.stack([r.tokens_per_expert for r in routings]),
             auxiliary=torch.stack([r.auxiliary_loss.detach() for r in routings]).sum(),
-            loss=output.detach().double().sum() if last else None,
+            loss=None if predicted is None else output.detach().double().sum(),
             predicted=predicted,
             row=row,
         )
@@ -113,7 +112,7 @@ def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     counts = torch.zeros(config.num_layers, config.num_experts, dtype=torch.float64, device=device)
     for report in reports:
-        counts[report.layers] += report.tokens_per_expert * rows_ours
+        counts[report.layers.start : report.layers.stop] += report.tokens_per_expert * rows_ours
         sums[2] += report.auxiliary
         if report.loss is not None and report.predicted is not None:
             pieces = report.row.pieces
