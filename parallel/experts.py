@@ -115,7 +115,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
         compute: Compute = ctx.compute
         trips: tuple[Trip, ...] = ctx.trips
-        weights, saved = ctx.saved_tensors[: ctx.weights], ctx.saved_tensors[ctx.weights :]
+        tensors = ctx.saved_tensors  # asked for once: a layer that runs again gives them once
+        weights, saved = tensors[: ctx.weights], tensors[ctx.weights :]
         each = len(saved) // len(trips)
         for_weights: dict[int, Kept] = {}
         total = _Total(len(trips) > 1)
