@@ -124,8 +124,8 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, d_result: Tensor) -> tuple[Tensor | None, ...]:
         compute: Compute = ctx.compute
         trips: tuple[Trip, ...] = ctx.trips
-        everything = ctx.saved_tensors  # to be asked for once, where a layer runs twice
-        weights, saved = everything[: ctx.weights], everything[ctx.weights :]
+        tensors = ctx.saved_tensors  # asked for once: a layer that runs again gives them once
+        weights, saved = tensors[: ctx.weights], tensors[ctx.weights :]
         each = len(saved) // len(trips)
         for_weights: dict[int, Kept] = {}
         total = _Total(len(trips) > 1)

@@ -25,7 +25,7 @@ from parallel.groups import Groups
 class Report:
     """What one chunk of this rank's layers saw of one row."""
 
-    layers: list[int]
+    layers: range
     routing: Tensor
     """`[layers, experts + 2]`: model.router.Routing.sums, of this rank's tokens alone."""
     auxiliary: Tensor
@@ -103,14 +103,13 @@ def _forward_step(
     if unit is not None:
         weight = all_sum(torch.tensor(row.predicted, device=row.tokens.device), unit)
     output, routings = chunk(row, coefficient * weight)
-    last = decoder.is_last and row.labels is not None
-    predicted = (row.labels >= 0).sum() if last and row.labels is not None else None  # on this rank
+    predicted = (row.labels >= 0).sum() if decoder.is_last and row.labels is not None else None  # on this rank
     reports[id(chunk)].append(
         Report(
-            layers=[int(layer) for layer in decoder.blocks],
+            layers=decoder.layers,
             routing=torch.stack([r.sums for r in routings]),
             auxiliary=torch.stack([r.auxiliary_loss.detach() for r in routings]).sum() * (1 if unit is None else unit.size()),
-            loss=output.detach().double().sum() if last else None,
+            loss=None if predicted is None else output.detach().double().sum(),
             predicted=predicted,
             row=row,
         )
@@ -130,7 +129,7 @@ def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     routing = torch.zeros(config.num_layers, config.num_experts + 2, dtype=torch.float64, device=device)
     for report in reports:
-        routing[report.layers] += report.routing
+        routing[report.layers.start : report.layers.stop] += report.routing
         sums[2] += report.auxiliary
         if report.loss is not None and report.predicted is not None:
             pieces = report.row.pieces

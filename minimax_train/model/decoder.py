@@ -26,7 +26,7 @@ class Decoder(nn.Module):
         layers = range(config.num_layers) if layers is None else layers
         self.config, self.rope_base, self.backends = config, rope_base, parts.backends
         self.recompute: Recompute = "none"
-        self.is_first, self.is_last = layers.start == 0, layers.stop == config.num_layers
+        self.layers, self.is_first, self.is_last = layers, layers.start == 0, layers.stop == config.num_layers
         if self.is_first:
             self.embedding = parts.embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleDict({str(layer): Block(config, layer, parts) for layer in layers})  # keyed by the global layer number

@@ -62,7 +62,7 @@ def test_more_stages_than_rows(corpus: Path, one_rank: Outcome) -> None:
     ("ranks", "layout"),
     [
         (2, Layout(pipeline=2, virtual_pipeline=2)),
-        (2, Layout(pipeline=2, virtual_pipeline=4)),
+        (4, Layout(pipeline=2, virtual_pipeline=4)),
         (4, Layout(pipeline=4, virtual_pipeline=2)),
         (4, Layout(pipeline=2, virtual_pipeline=2, tensor=2)),
         (4, Layout(pipeline=2, virtual_pipeline=2, context=2)),
