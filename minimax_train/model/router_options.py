@@ -12,7 +12,7 @@ Unit = Literal["row", "data"]
 class RouterOptions:
     """Of training only: a model that is evaluated drops nothing, and its counts are a row's.
 
-    MiniMax-01 (arXiv 2501.08313 section 3) says that tokens over an expert's capacity are discarded and that routers agree across ranks
+    MiniMax-01 (arXiv 2501.08313) says that tokens over an expert's capacity are discarded and that routers agree across ranks
     on the counts before; the factor, what is dropped first and what weighs the rest are not published: those are ours.
     """
 

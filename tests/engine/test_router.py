@@ -43,11 +43,10 @@ def one_rank(corpus: Path) -> Outcome:
         (2, Layout(context=2)),
         (2, Layout(tensor=2)),
         (4, Layout(context=2, tensor=2, owners="balanced")),
-        (2, Layout(expert=2, token_groups=2)),
         (4, Layout(pipeline=2, context=2)),
         (4, Layout(tensor=2, expert=2, expert_tensor=2, token_groups=2)),
     ],
-    ids=["context2", "tensor2", "context2 tensor2 balanced", "data2 expert2", "pipeline2 context2", "tensor2 data2 expert2 slices2"],
+    ids=["context2", "tensor2", "context2 tensor2 balanced", "pipeline2 context2", "tensor2 data2 expert2 slices2"],
 )
 def test_training_with_a_capacity_equals_one_rank(corpus: Path, one_rank: Outcome, ranks: int, layout: Layout) -> None:
     assert min(one_rank.reports[0].routing.dropped) > 0.02

@@ -44,7 +44,15 @@ def lopsided(rank: int) -> Tensor:
     return torch.where(even(rank) < 2, even(rank), (7 - rank) * torch.ones(1, dtype=torch.int64))
 
 
-ROUTINGS = (even, two_idle, one, lopsided)
+def some_dropped(rank: int) -> Tensor:
+    """Of rank 1, which has one token, everything; of others every third choice and a whole token."""
+    expert = even(rank)
+    expert.view(-1)[rank % 2 :: 3] = EXPERTS
+    expert[0] = EXPERTS
+    return expert
+
+
+ROUTINGS = (even, two_idle, one, lopsided, some_dropped)
 
 
 def weights() -> tuple[Tensor, Tensor]:
@@ -69,6 +77,7 @@ def dense(ranks: int, routing: Any) -> list[tuple[Tensor, ...]]:
         x, p, dy = inputs(rank)
         x.requires_grad_()
         every = torch.stack([F.linear(F.silu(F.linear(x, w[:FFN])) * F.linear(x, w[FFN:]), d) for w, d in zip(*whole, strict=True)], 1)
+        every = F.pad(every, (0, 0, 0, 1))  # what was dropped adds nothing
         y = (every.gather(1, routing(rank)[..., None].expand(-1, -1, HIDDEN)) * p[..., None]).sum(1)
         y.backward(dy)
         assert x.grad is not None
@@ -111,8 +120,9 @@ def over_ranks(place: Place, layout: Layout, backend: str, late: bool = False, d
             expert = routing(place.rank)
             multiple = 8 if backend == "grouped" else 1
             journey = plan_journey(expert, EXPERTS, groups, token_groups=layout.token_groups, multiple=multiple)
-            rows = x[journey.order // CHOICES]
+            rows = x[journey.order // CHOICES][: journey.rows]
             out = experts_over_ranks(rows, tuple(mine), SwiGLU(backend=backend), journey, groups)
+            out = F.pad(out, (0, 0, 0, len(journey.order) - journey.rows))
             y = (out[journey.inverse].view(*expert.shape, -1) * p[..., None]).sum(1)
             y.backward(dy)
             gradients = tuple(w.grad for w in mine)
