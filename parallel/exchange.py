@@ -216,9 +216,10 @@ def make_exchange(
 ) -> Exchange:
     """The exchange `kind` ("auto", "gather", "transpose", "pruned") of one layer, for pieces of `length` tokens and states of `dtype`.
 
-    `slopes_H` fp32 on the states' device, `host_slopes` the same on the host, so that choosing does not make a device wait.
+    `slopes_H` fp32 on the states' device, `host_slopes` the same on the host, so that choosing does not make a device wait. One rank
+    has no slots: there it is the one that then does nothing.
     """
-    name, slow = choose(kind, host_slopes, length, ranks, cut=cut)
+    name, slow = choose(kind if ranks > 1 else "gather", host_slopes, length, ranks, cut=cut)
     decay = torch.exp(-slopes_H.to(dtype) * length)
     if name == "gather":
         return Gather(decay_H=decay)

@@ -62,8 +62,8 @@ class Pieces:
 
     @property
     def slots(self) -> int:
-        """Pieces of a rank; slot i is its i-th piece."""
-        return len(self.owners) // self.ranks
+        """Pieces of a rank, for each of which states may come and go: slot i is its i-th piece. None where one rank holds the row."""
+        return len(self.owners) // self.ranks if self.ranks > 1 else 0
 
     def held(self, rank: int) -> tuple[int, ...]:
         """The rank's pieces, in the order of the row."""

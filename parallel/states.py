@@ -69,7 +69,7 @@ class Flow:
 def state_flow(pieces: Pieces) -> Flow:
     """What the row's documents ask for."""
     sources, targets = [False] * len(pieces.owners), [False] * len(pieces.owners)
-    for rank in range(pieces.ranks):
+    for rank in range(pieces.ranks if pieces.slots else 0):
         local = pieces.local(rank)
         for piece, enters, leaves in zip(pieces.held(rank), local.enters, local.leaves, strict=True):
             sources[piece], targets[piece] = leaves >= 0, enters >= 0
