@@ -4,6 +4,7 @@
 
 Rows are sorted by expert. "loop" is the definition, a product for each expert; "grouped" is torch's grouped product, one launch for all
 (grouped_mm; CUTLASS on a GPU), which reads where experts end on the device and wants the rows of each in a multiple of 8.
+Neither is differentiable: the three are each other's gradients.
 """
 
 from collections.abc import Sequence
@@ -45,21 +46,32 @@ def grouped_linear(x: Tensor, weight: Tensor, bounds: Bounds) -> Tensor:
     """x `[R, in]`, weight `[E, out, in]` -> `[R, out]`."""
     if bounds.backend == "grouped":
         return _product(x, weight.transpose(1, 2), bounds)
-    return torch.cat([rows @ w.T for rows, w in zip(x.split(bounds.counts), weight.unbind(), strict=True)])
+    return _loop(x, weight.transpose(1, 2), bounds)
 
 
 def grouped_linear_input_gradient(dy: Tensor, weight: Tensor, bounds: Bounds) -> Tensor:
     """dy `[R, out]`, weight `[E, out, in]` -> `[R, in]`."""
     if bounds.backend == "grouped":
         return _product(dy, weight, bounds)
-    return torch.cat([rows @ w for rows, w in zip(dy.split(bounds.counts), weight.unbind(), strict=True)])
+    return _loop(dy, weight, bounds)
 
 
 def grouped_linear_weight_gradient(dy: Tensor, x: Tensor, bounds: Bounds) -> Tensor:
     """dy `[R, out]`, x `[R, in]` -> `[E, out, in]`; zeros for an expert without rows."""
     if bounds.backend == "grouped":
         return _product(dy.t(), x, bounds)
-    return torch.stack([d.T @ rows for d, rows in zip(dy.split(bounds.counts), x.split(bounds.counts), strict=True)])
+    result = x.new_empty((len(bounds.counts), dy.shape[1], x.shape[1]))
+    for out, d, rows in zip(result, dy.split(bounds.counts), x.split(bounds.counts), strict=True):
+        torch.mm(d.T, rows, out=out)
+    return result
+
+
+def _loop(x: Tensor, matrices: Tensor, bounds: Bounds) -> Tensor:
+    """Each expert's rows times its matrix, written where they belong: on a CPU fresh memory costs as much as the products."""
+    result = x.new_empty((len(x), matrices.shape[2]))
+    for out, rows, matrix in zip(result.split(bounds.counts), x.split(bounds.counts), matrices, strict=True):
+        torch.mm(rows, matrix, out=out)
+    return result
 
 
 def _product(a: Tensor, b: Tensor, bounds: Bounds) -> Tensor:

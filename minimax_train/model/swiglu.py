@@ -33,16 +33,18 @@ class SwiGLU:
         bounds = Bounds(counts, rows.device, self.backend)
         hidden = grouped_linear(rows, gate_up, bounds)
         gate, up = hidden.chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate) * up, down, bounds), (rows, hidden)
+        return grouped_linear(F.silu(gate).mul_(up), down, bounds), (rows, hidden)
 
     def input_gradient(self, gradient: Tensor, counts: Sequence[int], weights: Tensors, kept: Tensors) -> tuple[Tensor, Tensors]:
         (gate_up, down), (rows, hidden) = weights, kept
         bounds = Bounds(counts, rows.device, self.backend)
         gate, up = hidden.chunk(2, dim=-1)
-        active = F.silu(gate)
+        active, d_hidden = F.silu(gate), torch.empty_like(hidden)
+        d_gate, d_up = d_hidden.chunk(2, dim=-1)
         d_product = grouped_linear_input_gradient(gradient, down, bounds)
-        d_hidden = torch.cat([torch.ops.aten.silu_backward(d_product * up, gate), d_product * active], dim=-1)
-        return grouped_linear_input_gradient(d_hidden, gate_up, bounds), (gradient, active * up, d_hidden, rows)
+        torch.mul(d_product, active, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(d_product.mul_(up), gate, grad_input=d_gate)
+        return grouped_linear_input_gradient(d_hidden, gate_up, bounds), (gradient, active.mul_(up), d_hidden, rows)
 
     def weight_gradients(self, counts: Sequence[int], kept: Tensors) -> Tensors:
         gradient, product, d_hidden, rows = kept

@@ -153,7 +153,7 @@ def test_experts_without_a_token_for_several_steps(corpus: Path) -> None:
     (one,), two = run_ranks(1, idle, corpus, Layout()), run_ranks(2, idle, corpus, Layout(expert=2))
     for ours in two:
         same(ours, one)
-        assert all(share[4:] == [0.0] * 4 for report in ours.reports for share in report.expert_share)
+        assert all(share[4:] == [0.0] * 4 for report in ours.reports for share in report.routing.share)
         assert all(g[4:].abs().max() == 0 for name, g in ours.gradients.items() if name.endswith(("gate_up", "down")))
 
 
@@ -196,7 +196,7 @@ def test_held_out_rows_that_ranks_do_not_share_evenly(corpus: Path) -> None:
     (one,), two = run_ranks(1, scored, corpus, Layout()), run_ranks(2, scored, corpus, Layout(expert=2))
     for ours in two:
         assert ours.loss == pytest.approx(one.loss, rel=1e-6)
-        assert (ours.predicted_tokens, ours.expert_share) == (one.predicted_tokens, one.expert_share)
+        assert (ours.predicted_tokens, ours.routing.share) == (one.predicted_tokens, one.routing.share)
 
 
 def test_what_the_ranks_cannot_share_is_refused(corpus: Path) -> None:
