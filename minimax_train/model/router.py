@@ -52,12 +52,12 @@ class Router(nn.Module):
         chosen_TK, expert_TK = probability_TE.topk(self.experts_per_token, dim=-1)
         weight_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True)
         experts, unit = len(self.weight), self.unit if self.training else self.row
-        wanted = kept = torch.bincount(expert_TK.flatten(), minlength=experts)
+        wanted = kept = _choices(expert_TK, experts)
         limit = self.options.limit(expert_TK.numel() * unit.size, experts) if self.training else None
         if limit is not None:
             kept_TK = self._kept(chosen_TK.detach(), expert_TK, places_S, limit)
             weight_TK, expert_TK = weight_TK.masked_fill(~kept_TK, 0.0), expert_TK.masked_fill(~kept_TK, experts)
-            kept = torch.bincount(expert_TK.flatten(), minlength=experts + 1)[:experts]
+            kept = _choices(expert_TK, experts + 1)[:experts]
         counts = all_sum(wanted, unit.group) if unit.size > 1 else wanted
         choices = counts.sum()
         # experts * sum_e f_e * m_e, f the fraction of choices and m the mean probability (Switch, arXiv 2101.03961 eq. 4)
@@ -98,3 +98,9 @@ def most_probable(probability_NK: Tensor, expert_NK: Tensor, limit: int) -> Tens
     queues = expert[order]
     in_queue = torch.arange(len(queues), device=queues.device) - torch.searchsorted(queues, queues)
     return torch.empty_like(expert, dtype=torch.bool).scatter_(0, order, in_queue < limit).view(expert_NK.shape)
+
+
+def _choices(expert_TK: Tensor, experts: int) -> Tensor:
+    """How many choices fell on each of `experts`, int64; torch's bincount would make a GPU wait for the largest."""
+    chosen = expert_TK.flatten()
+    return torch.zeros(experts, dtype=torch.int64, device=chosen.device).scatter_add_(0, chosen, torch.ones_like(chosen))
