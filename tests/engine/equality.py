@@ -19,6 +19,7 @@ from data.dataset import TokenDataset
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.engine.session import Session, session
 from minimax_train.model.recompute import Recompute
+from minimax_train.plan import Optimizer
 from minimax_train.train.resume import Opening, restore
 from minimax_train.train.rows import to_row
 from parallel.collectives import all_sum
@@ -26,7 +27,7 @@ from parallel.layout import Layout
 from parallel.world import Place
 from tests.support import little_model, little_plan
 
-STEPS, ROWS = 5, 4
+STEPS, ROWS = 3, 4
 
 
 def hybrid() -> Any:
@@ -104,14 +105,13 @@ class Outcome:
     gradients: dict[str, Tensor]
     """Of its first batch."""
     weights: dict[str, Tensor]
-    """At its end, as the optimizer state."""
+    """At its end."""
     state: dict[str, dict[str, Tensor]]
-    loaded: dict[str, dict[str, Tensor]]
-    """Optimizer state before the first step; empty where nothing was loaded."""
+    """The optimizer's, as it was stored or loaded; empty where neither was done."""
 
 
 def train(place: Place, corpus: Path, layout: Layout, changes: dict[str, Any], load: Path | None, store: Path | None) -> Outcome:
-    """STEPS steps of 4 rows of 64 tokens; after `load`, one step."""
+    """STEPS steps of 4 rows of 64 tokens, then `store` and one step more; after `load`, that one step."""
     return train_on(place, corpus, layout, changes, load, store, steps=STEPS)
 
 
@@ -130,12 +130,13 @@ def train_on(
     recompute: Recompute = "none",
     prepare: Callable[[Any], None] = lambda trainer: None,
 ) -> Outcome:
-    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; after `load`, one step.
+    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; one more after `store`; after `load`, that one alone.
 
-    `prepare` may change the weights the trainer begins with.
+    `prepare` may change the weights the trainer begins with. The optimizer's eps is 1% of a usual gradient: with the default, 1e-8, Adam
+    makes a whole step of the rounding of a gradient that is nearly 0, and a weight in 10,000 differs by 1e-4 after ten steps.
     """
     torch.set_num_threads(1)
-    plan = little_plan(corpus, layout=layout, **{"model": hybrid(), "auxiliary_loss": 0.3, **changes})
+    plan = little_plan(corpus, layout=layout, **{"model": hybrid(), "auxiliary_loss": 0.3, "optimizer": Optimizer(eps=1e-5), **changes})
     with session(layout=layout, place=place, late=late) as joined:
         from minimax_train.checkpoint.shelf import verified_record
         from minimax_train.checkpoint.store import save
@@ -163,12 +164,13 @@ def train_on(
         def state() -> dict[str, dict[str, Tensor]]:
             return {kind: gathered(trainer, joined, partial(held, kind)) for kind in MOMENTS}
 
-        loaded = {} if load is None else state()
+        kept = {} if load is None else state()
         first = gradients(trainer, rows(done), joined)
         reports = [trainer.step(rows(step), 2e-3) for step in range(done, done + steps)]
-        trainer.settle()
         decoder = trainer.decoder
         if store is not None:
+            trainer.settle()
+            kept = state()
             record = Record(
                 model=plan.model,
                 rope_base=1e4,
@@ -179,8 +181,10 @@ def train_on(
             )
             sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer)
             save(store, sharded, record, joined.groups)
+            reports.append(trainer.step(rows(done + steps), 2e-3))
+        trainer.settle()
         weights = of_all_stages({name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}, joined)
-        return Outcome(reports=reports, gradients=first, weights=weights, state=state(), loaded=loaded)
+        return Outcome(reports=reports, gradients=first, weights=weights, state=kept)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,17 +216,14 @@ class Differences:
 
 
 def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[str, float]:
-    """(name, relative difference) of the tensor that differs most; one that should be 0 and is not differs by infinity, NaN counts as that."""
+    """(name, relative difference) of the tensor that differs most; NaN, and any difference from 0, are infinite."""
     assert ours.keys() == theirs.keys()
     found = {name: torch.nan_to_num((ours[name] - tensor).norm() / tensor.norm(), nan=torch.inf).item() for name, tensor in theirs.items()}
     return max(found.items(), key=lambda item: item[1])
 
 
-def same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5, *, weights: float = 1e-5) -> None:
-    """Reports, gradients and, within `weights`, the weights at the end.
-
-    Adam divides a gradient by its own size: over many steps the rounding of one that is nearly zero moves its weight as a real one would.
-    """
+def same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5) -> None:
+    """Reports, gradients of the first batch and weights at the end."""
     for a, b in zip(ours.reports, theirs.reports, strict=True):
         assert (a.predicted_tokens, a.squares, a.routing.share) == (b.predicted_tokens, b.squares, b.routing.share)
         assert a.routing.dropped == b.routing.dropped
@@ -231,4 +232,4 @@ def same(ours: Outcome, theirs: Outcome, tolerance: float = 1e-5, *, weights: fl
     for name in ("loss", "grad_norm", "auxiliary_loss"):
         assert getattr(found, name) < tolerance, name
     assert found.gradient < tolerance, found.gradient_name
-    assert found.weights < weights, worst(ours.weights, theirs.weights)
+    assert found.weights < tolerance, worst(ours.weights, theirs.weights)
