@@ -130,7 +130,9 @@ def train_on(
     recompute: Recompute = "none",
     prepare: Callable[[Any], None] = lambda trainer: None,
 ) -> Outcome:
-    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn; one more after `store`; after `load`, that one alone.
+    """`steps` steps of rows of 64 tokens, or of these packings (cu_seqlens), one a row, in turn.
+
+    With `store` there is one step more after the checkpoint; with `load` there is that one alone.
 
     `prepare` may change the weights the trainer begins with. The optimizer's eps is 1% of a usual gradient: with the default, 1e-8, Adam
     makes a whole step of the rounding of a gradient that is nearly 0, and a weight in 10,000 differs by 1e-4 after ten steps.

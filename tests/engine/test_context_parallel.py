@@ -1,4 +1,4 @@
-"""Context parallelism changes nothing: losses, every gradient, their norm, the auxiliary loss, and twenty optimizer steps."""
+"""Context parallelism in all its forms changes nothing; the default form is in test_layouts, with the other kinds of layout."""
 
 import itertools
 from functools import partial
@@ -18,7 +18,7 @@ from tests.engine.equality import Outcome, hybrid, same, train_on
 from tests.parallel.packings import ROWS
 from tests.support import little_plan
 
-STEPS = 20
+STEPS = 4
 PACKINGS = tuple(ROWS.values())
 
 
@@ -35,32 +35,27 @@ def one_rank(corpus: Path) -> Outcome:
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(context=2), Layout(context=2, exchange="gather"), Layout(context=2, exchange="transpose", owners="balanced")],
-    ids=["default", "gather", "transpose balanced"],
+    [Layout(context=2, exchange="gather"), Layout(context=2, exchange="transpose", owners="balanced")],
+    ids=["gather", "transpose balanced"],
 )
 def test_two_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) -> None:
     for ours in run_ranks(2, train, corpus, layout, {}):
-        same(ours, one_rank, weights=5e-5)
+        same(ours, one_rank)
 
 
 @pytest.mark.parametrize(
     "layout",
-    [
-        Layout(context=4, exchange="pruned", owners="balanced"),
-        Layout(context=4, key_value=2),
-        Layout(context=2, tensor=2),
-        Layout(context=2),
-    ],
-    ids=["context4", "two levels", "tensor2", "data2"],
+    [Layout(context=4, exchange="pruned", owners="balanced"), Layout(context=4, key_value=2)],
+    ids=["pruned balanced", "two levels"],
 )
 def test_four_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) -> None:
-    same(run_ranks(4, train, corpus, layout, {})[3], one_rank, weights=5e-5)
+    same(run_ranks(4, train, corpus, layout, {})[3], one_rank)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [Layout(context=8), Layout(context=4, tensor=2), Layout(context=4, key_value=2)], ids=str)
 def test_eight_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) -> None:
-    same(run_ranks(8, train, corpus, layout, {})[7], one_rank, weights=5e-5)
+    same(run_ranks(8, train, corpus, layout, {})[7], one_rank)
 
 
 def test_late_exchanges_give_the_same_bits(corpus: Path) -> None:

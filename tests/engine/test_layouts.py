@@ -1,8 +1,8 @@
 """No layout changes what is learnt: every layout of this table takes ten steps, and they are the ten steps of one rank.
 
 Compared are each step's loss, gradient norm and balancing loss, every parameter's gradient of the first batch, and every weight at the
-end, all whole; every rank is asked, and all have the same bits of the weights. The batches are packed: rows of one document, of many, and of documents that begin on, before
-and after the borders of pieces.
+end, all whole; every rank is asked, and all have the same bits of the weights. The batches are packed: rows of one document, of many, and
+of documents that begin on, before and after the borders of pieces.
 """
 
 import dataclasses

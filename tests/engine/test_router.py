@@ -51,7 +51,7 @@ def one_rank(corpus: Path) -> Outcome:
 def test_training_with_a_capacity_equals_one_rank(corpus: Path, one_rank: Outcome, ranks: int, layout: Layout) -> None:
     assert min(one_rank.reports[0].routing.dropped) > 0.02
     for ours in run_ranks(ranks, train, corpus, layout):
-        same(ours, one_rank, weights=5e-5)
+        same(ours, one_rank)
 
 
 def auxiliary_alone(place: Place, corpus: Path, layout: Layout) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Tensor parallelism changes nothing: losses, every gradient, their norm, auxiliary loss, optimizer steps, checkpoints."""
+"""Tensor parallelism: bf16, logits, checkpoints of another form, refusals. That it changes nothing: test_layouts and test_reshard."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,59 +13,8 @@ from minimax_train.model.row import Row
 from parallel.layout import Layout
 from parallel.testing import run_ranks
 from parallel.world import Place
-from tests.engine.equality import Outcome, hybrid, same, train
+from tests.engine.equality import Outcome, hybrid, train
 from tests.support import little_model, little_plan
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints after STEPS steps, under the number of ranks that wrote them."""
-    return tmp_path_factory.mktemp("saved")
-
-
-@pytest.fixture(scope="module")
-def one_rank(corpus: Path, saved: Path) -> Outcome:
-    outcome: Outcome = run_ranks(1, train, corpus, Layout(), {}, None, saved / "1")[0]
-    return outcome
-
-
-@pytest.fixture(scope="module")
-def two_ranks(corpus: Path, saved: Path) -> list[Outcome]:
-    return run_ranks(2, train, corpus, Layout(tensor=2), {}, None, saved / "2")
-
-
-@pytest.fixture(scope="module")
-def four_ranks(corpus: Path, saved: Path) -> Outcome:
-    """Tensor 2, data 2, so that a rank has parts of rows of the weights that are cut along their columns."""
-    outcome: Outcome = run_ranks(4, train, corpus, Layout(tensor=2), {}, None, saved / "4")[3]
-    return outcome
-
-
-def test_two_ranks_equal_one(one_rank: Outcome, two_ranks: list[Outcome]) -> None:
-    assert one_rank.reports[0].grad_norm > 0.1
-    for ours in two_ranks:
-        same(ours, one_rank)
-
-
-def test_tensor_and_data_parallel_equal_one(one_rank: Outcome, four_ranks: Outcome) -> None:
-    same(four_ranks, one_rank)
-
-
-def test_a_head_a_rank_equals_one(corpus: Path, one_rank: Outcome) -> None:
-    same(run_ranks(4, train, corpus, Layout(tensor=4), {}, None, None)[3], one_rank)
-
-
-@pytest.mark.parametrize(("writer", "layout", "ranks"), [("4", Layout(), 1), ("2", Layout(), 2), ("1", Layout(tensor=2), 2)])
-def test_checkpoint_of_another_layout(
-    corpus: Path, saved: Path, one_rank: Outcome, two_ranks: list[Outcome], four_ranks: Outcome, writer: str, layout: Layout, ranks: int
-) -> None:
-    """Weights and moments come back to the bit, and the next step is the one that the layout which saved them takes."""
-    wrote = {"1": one_rank, "2": two_ranks[0], "4": four_ranks}[writer]
-    ours = run_ranks(ranks, train, corpus, layout, {}, saved / writer, None)[0]
-    for kind, tensors in wrote.state.items():
-        assert all(torch.equal(ours.loaded[kind][name], tensor) for name, tensor in tensors.items()), kind
-    own = Layout() if writer == "1" else Layout(tensor=2)
-    same(ours, run_ranks(int(writer), train, corpus, own, {}, saved / writer, None)[0])
 
 
 def test_bf16_follows_one_rank(corpus: Path) -> None:
