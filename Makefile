@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python benchmarks/context_bytes.py
 	$(BIN)/python benchmarks/context_trace.py
 	$(BIN)/python benchmarks/long_context.py
+	$(BIN)/python benchmarks/expert_overlap.py
 
 bench-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -89,8 +89,8 @@ def calmest(folder: Path) -> tuple[int, list[Trace]]:
     return min(steps.items(), key=lambda item: sum(wait.end - wait.start for trace in item[1] for wait in trace.waits))
 
 
-def totals(traces: Sequence[Trace]) -> list[dict[str, Any]]:
-    """Over all ranks and layers, for each kind of exchange and direction: milliseconds, see the table."""
+def totals(traces: Sequence[Trace], names: Sequence[str] = EXCHANGES) -> list[dict[str, Any]]:
+    """Over all ranks and layers, for each kind of exchange (of `names`, in their order) and direction: milliseconds, see the table."""
     groups: dict[tuple[bool, str], Counter[str]] = defaultdict(Counter)
     for several in zip(*(trace.exchanges for trace in traces), strict=True):  # one exchange, as each rank saw it
         if len({(e.name, e.layer, e.backward) for e in several}) > 1:
@@ -101,7 +101,7 @@ def totals(traces: Sequence[Trace]) -> list[dict[str, Any]]:
             figures = {"number": 1, "lasted": e.lasted, "waited": e.waited, "transfer": e.end - start}
             figures |= {"transfer_waited": trace.waited(start, e.end), "compute": sum(e.between.values())}
             groups[e.backward, e.name].update(figures)
-    order = sorted(groups.items(), key=lambda item: (item[0][0], EXCHANGES.index(item[0][1])))
+    order = sorted(groups.items(), key=lambda item: (item[0][0], names.index(item[0][1])))
     return [{"name": name, "backward": backward, **sums} for (backward, name), sums in order]
 
 

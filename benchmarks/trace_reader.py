@@ -14,7 +14,9 @@ from typing import Any
 
 MODULE, NODE, STEP = "module: ", "autograd::engine::evaluate_function: ", "step"
 BEGIN, FINISH = ": begin", ": finish"
-ALL_TO_ALL = "gloo:all_to_all"
+ALL_TO_ALL, ALL_GATHER = "gloo:all_to_all", "gloo:all_gather"
+GATHERING = "c10d::_allgather"
+"""The operator inside a begin that gathers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ class Trace:
             whole.get("baseTimeNanoseconds", 0) / 1e6 + self.origin / 1e3
         )  # of the step's beginning: all ranks of a machine have one
         self.events = sorted((self._event(e) for e in raw if e["tid"] == self.thread), key=lambda e: (e.start, -e.end))
-        self.gloo = sorted((self._event(e) for e in raw if e["name"] == ALL_TO_ALL), key=lambda e: e.start)
+        self.gloo = sorted((self._event(e) for e in raw if e["name"] in (ALL_TO_ALL, ALL_GATHER)), key=lambda e: e.start)
         self.modules = [e for e in self.events if e.name.startswith(MODULE)]
         self.waits = [e for e in self.events if e.name.endswith(FINISH)]
         self.nodes = [e for e in self.events if e.name.startswith(NODE)]
@@ -108,11 +110,24 @@ class Trace:
                 found.append(event)
         return found
 
+    def _works(self) -> dict[Event, Event]:
+        """Begin -> gloo's work, which takes up those of a kind in the order in which they are given."""
+        begins = [e for e in self.events if e.name.endswith(BEGIN)]
+        gathers = [b for b in begins if any(e.name.startswith(GATHERING) for e in self._inside(b))]
+        works = {name: [e for e in self.gloo if e.name == name] for name in (ALL_TO_ALL, ALL_GATHER)}
+        found = dict(zip([b for b in begins if b not in gathers], works[ALL_TO_ALL], strict=True))
+        if gathers:  # else what gloo gathers is somebody else's, the optimizer's say
+            found |= zip(gathers, works[ALL_GATHER], strict=True)
+        return found
+
+    def _inside(self, event: Event) -> list[Event]:
+        """What the thread did from the event's start to its end."""
+        return self.events[bisect_left(self._starts, event.start) : bisect_right(self._starts, event.end)]
+
     def _exchanges(self) -> list[Exchange]:
         waiting: dict[str, list[Event]] = {}
         found: list[Exchange] = []
-        begins = [e for e in self.events if e.name.endswith(BEGIN)]
-        works = dict(zip(begins, self.gloo, strict=True))  # gloo takes them up in the order in which they are given
+        works = self._works()
         hops: Counter[tuple[str, str, bool]] = Counter()
         for event in self.events:
             if event.name.endswith(BEGIN):

@@ -203,6 +203,7 @@ def _travel(
 ) -> Iterator[None]:
     """One group's way, a step at a time: each step but the last leaves an exchange under way."""
     expert, slices = groups.expert, groups.expert_tensor
+    last_is_scatter = slices.size > 1 and expert.size == 1  # `meanwhile` hides the last exchange that is one: no other group might
     pending = expert.begin_all_to_all(rows.contiguous(), trip.send, trip.receive, "dispatch" + name)
     yield
     x = pending.finish()
@@ -215,12 +216,13 @@ def _travel(
     if slices.size > 1:
         mine = trip.gathered[trip.rank[1]]
         pending = slices.begin_all_to_all(y, trip.gathered, [mine] * slices.size, "scatter" + name)
-        meanwhile(number)
+        if last_is_scatter:
+            meanwhile(number)
         yield
         summands = pending.finish().unflatten(0, (slices.size, mine))
         y = summands.sum(0, dtype=torch.promote_types(y.dtype, torch.float32)).to(y.dtype)
     pending = expert.begin_all_to_all(y, trip.receive, trip.send, "combine" + name)
-    if slices.size == 1:
+    if not last_is_scatter:
         meanwhile(number)
     yield
     results[number] = pending.finish()

@@ -1,0 +1,79 @@
+"""What benchmarks/expert_overlap.py claims: the recorded order, how it plays on streams, and the byte formula."""
+
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.benchmarks.test_context_bytes import BENCHMARKS
+
+
+@pytest.fixture
+def module() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield SimpleNamespace(**{name: importlib.import_module(f"expert_{name}") for name in ("schedule", "ranks", "overlap")})
+
+
+def test_streams_by_hand(module: Any) -> None:
+    """An exchange of 2 under work of 3, then one of 2 that nothing hides: 4 of exchange, 3 of compute, 5 in all."""
+    event, rows = module.schedule.Event, {"stream": "expert", "rows": 2}
+    events = [
+        event(kind="begin", name="a", number=0, **rows),
+        event(kind="work", name="w", number=0, stream="compute", rows=3),
+        event(kind="finish", name="a", number=0, stream="expert"),
+        event(kind="begin", name="b", number=0, **rows),
+        event(kind="finish", name="b", number=0, stream="expert"),
+    ]
+    played = module.schedule.play(events, module.schedule.Costs(exchange=4 / 3))
+    assert played.span == pytest.approx(5 / 3)
+    assert played.hidden == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="never finished"):
+        module.schedule.play(events[:-1], module.schedule.Costs(exchange=1.0))
+    with pytest.raises(ValueError, match="streams"):
+        module.schedule.play(events, module.schedule.Costs(exchange=1.0, slices=0.5))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 8])
+def test_the_schedule_hides_what_it_can(module: Any, groups: int) -> None:
+    """Forward 1 - 1 / g, backward half of what is left besides (arXiv 2501.08313 section 3); longer exchanges hide less."""
+    forward, backward = module.schedule.record(4, 1, groups)
+    assert module.schedule.play(forward, module.schedule.Costs(exchange=1.0)).hidden == pytest.approx(1 - 1 / groups)
+    assert module.schedule.play(backward, module.schedule.Costs(exchange=1.0)).hidden == pytest.approx(1 - 0.5 / groups)
+    long = module.schedule.play(forward, module.schedule.Costs(exchange=1.5)).hidden
+    assert long == pytest.approx({1: 0, 2: 0.5, 4: 7 / 12, 8: 0.625}[groups])
+
+
+def test_every_mark_holds(module: Any) -> None:
+    shares = module.overlap.hidden()
+    assert all(one.good for one in shares)
+    assert {one.groups for one in shares if one.marked} == {1, 2, 4, 8}
+    one_slice = [one.hidden for one in shares if (one.expert, one.groups, one.way, one.ratio) == (1, 1, "backward", 1.0)]
+    assert one_slice == [pytest.approx(0.5)], "weights' gradients hide the scatter where nothing is combined"
+
+
+def test_a_schedule_without_overlap_is_found_out(module: Any) -> None:
+    """Each exchange finished where it is begun hides nothing, whatever the groups."""
+    forward, _ = module.schedule.record(4, 1, 4)
+    blocking = [e for event in forward for e in ((event, _finish(event)) if event.kind == "begin" else (event,)) if event.kind != "finish"]
+    assert module.schedule.play(blocking, module.schedule.Costs(exchange=0.5)).hidden == pytest.approx(0)
+
+
+def _finish(begin: Any) -> Any:
+    return type(begin)(kind="finish", name=begin.name, number=begin.number, stream=begin.stream)
+
+
+def test_bytes_of_real_ranks(module: Any) -> None:
+    shape = {"groups": 2, "hidden": 8, "width": 8}
+    cases = [
+        module.ranks.Case(expert=expert, slices=slices, tokens=tokens, routing=routing, **shape)
+        for expert, slices in ((2, 1), (1, 2))
+        for tokens, routing in ((16, "even"), (13, "random"))
+    ]
+    found = module.ranks.count(cases)
+    assert all(one.equal for one in found)
+    assert not any(type(one)(case=one.case, counted=[{}, {}], formula=one.formula).equal for one in found)
+    torch.testing.assert_close(module.ranks.even_bytes(cases[0]), 16 * 2 * 8 * 4 / 2)
