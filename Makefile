@@ -39,3 +39,4 @@ bench: setup
 bench-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/lightning_gpu.py
+	$(BIN)/python benchmarks/experts_gpu.py
