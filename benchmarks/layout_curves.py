@@ -120,7 +120,8 @@ def table(curves: Sequence[Curve], facts: Mapping[str, Any]) -> str:
         "# The same curve under every layout",
         "",
         f"{RECIPE}, fp32, its first {len(one.loss)} steps of 4,096 tokens in rows of 2,048, seed 1234, through the command line. "
-        f"Differences are of the same step on one rank, as a share of it: the largest of all steps (allowed, of the loss: {TOLERANCE:.0e}). "
+        "Differences are of the same step on one rank, as a share of it: the largest of all steps "
+        f"(allowed, of the loss: {TOLERANCE:.0e}). "
         f"{facts['processor']}, {facts['cores']} cores that others used too (load {facts['load']:.1f}), torch {facts['torch']}, "
         f"gloo, {facts['date']}. 0.0e+00: the same bits.",
         "",

@@ -53,6 +53,8 @@ def test_every_mark_holds(module: Any) -> None:
     assert {one.groups for one in shares if one.marked} == {1, 2, 4, 8}
     one_slice = [one.hidden for one in shares if (one.expert, one.groups, one.way, one.ratio) == (1, 1, "backward", 1.0)]
     assert one_slice == [pytest.approx(0.5)], "weights' gradients hide the scatter where nothing is combined"
+    both = {one.groups: one.hidden for one in shares if (one.share, one.way, one.ratio) == (0.5, "backward", 1.0)}
+    assert both == {groups: pytest.approx(1 - (0.5 if groups > 1 else 0.75) / groups) for groups in (1, 2, 4, 8)}, "else the last combine"
 
 
 def test_a_schedule_without_overlap_is_found_out(module: Any) -> None:
@@ -70,10 +72,10 @@ def test_bytes_of_real_ranks(module: Any) -> None:
     shape = {"groups": 2, "hidden": 8, "width": 8}
     cases = [
         module.ranks.Case(expert=expert, slices=slices, tokens=tokens, routing=routing, **shape)
-        for expert, slices in ((2, 1), (1, 2))
+        for expert, slices in ((2, 1), (2, 2))
         for tokens, routing in ((16, "even"), (13, "random"))
     ]
     found = module.ranks.count(cases)
     assert all(one.equal for one in found)
-    assert not any(type(one)(case=one.case, counted=[{}, {}], formula=one.formula).equal for one in found)
+    assert not any(type(one)(case=one.case, counted=[{}] * one.case.ranks, formula=one.formula).equal for one in found)
     torch.testing.assert_close(module.ranks.even_bytes(cases[0]), 16 * 2 * 8 * 4 / 2)

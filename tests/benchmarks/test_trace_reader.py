@@ -67,6 +67,20 @@ def test_exchanges(reader: Any, tmp_path: Path) -> None:
     assert (backward.lasted, backward.waited) == pytest.approx((4, 0))
 
 
+def test_a_gather_beside(reader: Any, tmp_path: Path) -> None:
+    """Gathers and all-to-alls are of two groups, whose works start in any order; gathers of others do not matter where we begin none."""
+    mine = [
+        *(event("gather: begin", 24, 25), event("c10d::_allgather_base_", 24.1, 24.9), event("gloo:all_gather", 24.2, 31, thread=2)),
+        event("gather: finish", 26, 31),
+    ]
+    (gather,) = [e for e in reader.Trace(written(tmp_path, EVENTS + mine)).exchanges if e.name == "gather"]
+    assert (gather.begun, gather.end, gather.waited) == (24, 31, 5)
+    others = [event("gloo:all_gather", 80, 85, thread=4)]
+    assert len(reader.Trace(written(tmp_path, EVENTS + others)).exchanges) == 3
+    with pytest.raises(ValueError, match="zip"):
+        reader.Trace(written(tmp_path, EVENTS + mine + others))
+
+
 def test_an_exchange_that_is_not_awaited(reader: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="begun and not finished"):
         reader.Trace(written(tmp_path, EVENTS[:-1]))
