@@ -63,7 +63,8 @@ class Stage:
     """Tokens in a global batch: a multiple of length."""
     learning_rate: LearningRate
     recompute: Recompute = "none"
-    """full: a layer keeps its input alone and runs again in the backward pass; a third more work, for a fraction of the memory."""
+    """full: a layer keeps its input alone and runs again in the backward pass; a third more work, for a fraction of the memory.
+    selective: only the experts' gate and up are computed again."""
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"

@@ -29,9 +29,9 @@ class Block(nn.Module):
         self.experts_norm = RMSNorm(config.hidden_size, config.norm_eps, parts)
         self.experts = Experts(config, parts)
 
-    def forward(self, x_TC: Tensor, documents: Documents) -> tuple[Tensor, Routing]:
-        """`[T, hidden]` -> `[T, hidden]`."""
+    def forward(self, x_TC: Tensor, documents: Documents, *, experts_again: bool = False) -> tuple[Tensor, Routing]:
+        """`[T, hidden]` -> `[T, hidden]`. `experts_again`: the backward pass computes the experts' gate and up again."""
         h = self.attention_norm(x_TC)
         h = self.experts_norm(self.alpha * h + self.beta * self.attention(h, documents))
-        y, routing = self.experts(h, documents.places)
+        y, routing = self.experts(h, documents.places, again=experts_again)
         return self.alpha_experts * h + self.beta_experts * y, routing

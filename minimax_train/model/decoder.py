@@ -42,8 +42,10 @@ class Decoder(nn.Module):
         """Runs this stage's blocks over `[T, hidden]`."""
         documents, routings = self.documents(row), []
         for block in self.blocks.values():
-            again = self.recompute == "full" and torch.is_grad_enabled()
-            x_TC, routing = recomputed(block, x_TC, documents) if again else block(x_TC, documents)
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x_TC, routing = recomputed(block, x_TC, documents)
+            else:
+                x_TC, routing = block(x_TC, documents, experts_again=self.recompute == "selective")
             routings.append(routing)
         return x_TC, routings
 

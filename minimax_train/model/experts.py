@@ -56,20 +56,20 @@ class Experts(nn.Module):
         self.router = Router(config, parts)
         count, hidden, ffn = config.num_experts, config.hidden_size, config.expert_ffn_size
         self.count, self.groups = count, parts.groups
-        self.compute = SwiGLU(backend=parts.backends.experts)
+        self.backend = parts.backends.experts
         self.gate_up = parts.experts(count, 2 * ffn, hidden, axis=1, matrices=2, dtype=parts.dtype)
         self.down = parts.experts(count, hidden, ffn, axis=2, dtype=parts.dtype)
 
-    def forward(self, x_TC: Tensor, places_S: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x_TC: Tensor, places_S: Tensor | None = None, *, again: bool = False) -> tuple[Tensor, Routing]:
         """`[T, hidden]` -> `[T, hidden]`; choices that the router dropped are not computed and add nothing. `places_S`: see the router.
 
-        All ranks of the block call it together.
+        `again`: see SwiGLU. All ranks of the block call it together.
         """
         weight_TK, expert_TK, routing = self.router(x_TC, places_S)
-        groups, multiple = self.groups.layout.token_groups, rows_multiple(self.compute.backend)
+        groups, multiple = self.groups.layout.token_groups, rows_multiple(self.backend)
         journey = plan_journey(expert_TK, self.count, self.groups, token_groups=groups, multiple=multiple)
         rows = _Spread.apply(x_TC, journey.order, journey.inverse)[: journey.rows]
-        rows = experts_over_ranks(rows, (self.gate_up, self.down), self.compute, journey, self.groups)
+        rows = experts_over_ranks(rows, (self.gate_up, self.down), SwiGLU(backend=self.backend, again=again), journey, self.groups)
         if journey.rows < len(journey.order):
             rows = F.pad(rows, (0, 0, 0, len(journey.order) - journey.rows))
         rows = _Permute.apply(rows, journey.inverse, journey.order)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-Recompute = Literal["none", "full"]
+Recompute = Literal["none", "selective", "full"]
+"""selective: of the experts, gate and up alone (swiglu.py): what is largest and needs no exchange again."""
 
 
 def recomputed(layer: Callable[..., tuple[Tensor, Any]], x_TC: Tensor, *others: Any) -> tuple[Tensor, Any]:
