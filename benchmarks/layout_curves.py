@@ -132,8 +132,9 @@ def table(curves: Sequence[Curve], facts: Mapping[str, Any]) -> str:
         f"{facts['processor']}, {facts['cores']} cores that others used too (load {facts['load']:.1f}), torch {facts['torch']}, "
         f"gloo, {facts['date']}. 0.0e+00: the same bits.",
         "",
-        "Another choice: the first step in which some expert got another number of tokens than on one rank, as happens where two experts are "
-        "equally good to rounding and the order of additions decides. From then on curves differ by what one token's expert makes.",
+        "Another choice: the first step in which some expert got another number of tokens than on one rank, as happens where two "
+        "experts are equally good to rounding and the order of additions decides. "
+        "From then on curves differ by what one token's expert makes.",
         "",
         "| layout | ranks | first loss | last loss | loss differs by | gradient norm differs by | another choice | before it, loss by | "
         "seconds |",
