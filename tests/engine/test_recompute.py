@@ -54,6 +54,15 @@ def test_same_bits_and_less_memory(decoder: Decoder) -> None:
     assert kept > 10 * less
 
 
+def test_selective_keeps_the_rows_of_experts_alone(decoder: Decoder) -> None:
+    losses, gradients, kept = losses_gradients_bytes(decoder, "none")
+    again, same_gradients, less = losses_gradients_bytes(decoder, "selective")
+    assert torch.equal(losses, again)
+    assert all(torch.equal(same_gradients[name], gradient) for name, gradient in gradients.items())
+    gate_and_up = 8 * 256 * 2 * 2 * 24 * 4  # layers x tokens x choices x (gate and up) x width x fp32
+    assert kept - less == pytest.approx(gate_and_up, rel=0.02)
+
+
 def test_the_second_run_is_whole() -> None:
     """What comes after the last tensor that backward needs is done again too: it may be an exchange that another rank waits for."""
     runs: list[str] = []
