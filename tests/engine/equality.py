@@ -147,7 +147,7 @@ def train_on(
         from minimax_train.engine.state import MOMENTS, adopt_weights, model_state, optimizer_state, optimizer_steps
         from minimax_train.engine.trainer import Trainer
 
-        trainer = Trainer(plan, joined, bucket_size=625 * plan.model.num_layers // layout.chunks)
+        trainer = Trainer(plan, joined, bucket_size=300 * plan.model.num_layers // layout.chunks)
         if joined.groups.pipeline.rank() == 0:  # megatron-core gives later pipeline ranks one bucket
             for chunk, decoder in zip(trainer.chunks, trainer.decoders, strict=True):
                 assert min(len(chunk.bucket_groups), len(chunk.expert_parallel_bucket_groups)) > min(3, len(decoder.blocks))
