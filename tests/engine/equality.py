@@ -30,12 +30,14 @@ from tests.support import little_model, little_plan
 STEPS, ROWS = 3, 4
 
 
-def hybrid() -> Any:
-    """8 layers, the last one softmax; 4 heads and 4 key-value heads, so that 4 ranks have one each.
+def hybrid(layers: int = 8, experts: int = 4) -> Any:
+    """8 layers or so, the last one softmax; 4 heads and 4 key-value heads, so that 4 ranks have one each.
 
     Heads of 24: a rank's ranges of the optimizer state begin at multiples of 64 numbers, which then are not rows of out_proj and o_proj.
     """
-    return little_model(num_layers=8, pattern=("lightning",) * 7 + ("softmax",), num_key_value_heads=4, head_dim=24)
+    return little_model(
+        num_layers=layers, pattern=("lightning",) * (layers - 1) + ("softmax",), num_key_value_heads=4, head_dim=24, num_experts=experts
+    )
 
 
 def whole(tensor: Tensor, like: Tensor, joined: Session) -> Tensor:
@@ -145,7 +147,7 @@ def train_on(
         from minimax_train.engine.state import MOMENTS, adopt_weights, model_state, optimizer_state, optimizer_steps
         from minimax_train.engine.trainer import Trainer
 
-        trainer = Trainer(plan, joined, bucket_size=5000 // layout.chunks)
+        trainer = Trainer(plan, joined, bucket_size=300 * plan.model.num_layers // layout.chunks)
         if joined.groups.pipeline.rank() == 0:  # megatron-core gives later pipeline ranks one bucket
             for chunk, decoder in zip(trainer.chunks, trainer.decoders, strict=True):
                 assert min(len(chunk.bucket_groups), len(chunk.expert_parallel_bucket_groups)) > min(3, len(decoder.blocks))

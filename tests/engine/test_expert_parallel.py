@@ -70,22 +70,6 @@ def test_copies_of_an_expert_stay_equal(runs: Runs, name: str) -> None:
         assert torch.equal(weight, second.weights[key]), key
 
 
-def first_batch(place: Place, corpus: Path, layout: Layout, coefficient: float) -> Outcome:
-    return train_on(place, corpus, layout, {"auxiliary_loss": coefficient}, steps=1)
-
-
-def test_auxiliary_loss_has_one_weight(corpus: Path) -> None:
-    """#3672: its gradient was scaled by the layout. It is all that two coefficients tell apart."""
-
-    def effect(ranks: int, layout: Layout) -> dict[str, torch.Tensor]:
-        low, high = (run_ranks(ranks, first_batch, corpus, layout, coefficient)[0].gradients for coefficient in (0.0, 50.0))
-        return {name: high[name] - low[name] for name in high if "router" in name}
-
-    one, four = effect(1, Layout()), effect(4, Layout(tensor=2, context=2, expert=2, expert_tensor=2))
-    for name, gradient in one.items():
-        assert (four[name] - gradient).norm() < 1e-5 * gradient.norm(), name
-
-
 def keep_to_four_experts(trainer: Any) -> None:
     """Routers of w, v, -w, -v and zeros: both choices are always among the first four experts, for two of them score above 0."""
     for block in trainer.decoder.blocks.values():

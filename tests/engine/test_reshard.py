@@ -25,6 +25,7 @@ LAYOUTS: dict[str, tuple[int, Layout]] = {
     "ep2*etp2": (4, Layout(expert=2, expert_tensor=2)),
     "pp2*ep4": (8, Layout(pipeline=2, expert=4)),
 }
+CHANGES = {"model": hybrid(layers=4, experts=8)}
 Runs = Callable[[str], Outcome]
 
 
@@ -41,7 +42,7 @@ def writers(corpus: Path, saved: Path) -> Runs:
     @cache
     def run(name: str) -> Outcome:
         ranks, layout = LAYOUTS[name]
-        outcome: Outcome = run_ranks(ranks, train, corpus, layout, {}, None, saved / name)[0]
+        outcome: Outcome = run_ranks(ranks, train, corpus, layout, CHANGES, None, saved / name)[0]
         return outcome
 
     return run
@@ -64,7 +65,7 @@ def writers(corpus: Path, saved: Path) -> Runs:
 def test_another_layout_goes_on(corpus: Path, saved: Path, writers: Runs, writer: str, reader: str) -> None:
     wrote = writers(writer)
     ranks, layout = LAYOUTS[reader]
-    ours: Outcome = run_ranks(ranks, train, corpus, layout, {}, saved / writer, None)[-1]
+    ours: Outcome = run_ranks(ranks, train, corpus, layout, CHANGES, saved / writer, None)[-1]
     assert wrote.state.keys() == ours.state.keys() == {"param", "exp_avg", "exp_avg_sq"}
     for kind, tensors in wrote.state.items():
         assert ours.state[kind].keys() == tensors.keys()
@@ -85,7 +86,7 @@ def weights_alone(place: Place, layout: Layout, checkpoint: Path) -> dict[str, T
         from minimax_train.checkpoint.store import load_weights
         from minimax_train.engine.stage import bare, build_stage
 
-        decoder = bare(build_stage(hybrid(), joined, seed=77))
+        decoder = bare(build_stage(CHANGES["model"], joined, seed=77))
         load_weights(decoder, checkpoint, verified_record(checkpoint), joined.groups)
         assert all(cut.ranks == 2 for cut in cuts_of(decoder.blocks["0"].experts.gate_up))
         return {name: whole(p.detach(), p, joined) for name, p in decoder.named_parameters()}

@@ -75,7 +75,7 @@ def test_auxiliary_gradient_does_not_scale_with_the_ranks(corpus: Path) -> None:
     routers = [name for name in one if "router" in name]
     assert len(routers) == 8
     assert min(one[name].norm() for name in routers) > 1e-3
-    for ranks, layout in ((2, Layout(tensor=2)), (2, Layout(context=2)), (4, Layout(tensor=2, context=2))):
+    for ranks, layout in ((2, Layout(tensor=2)), (2, Layout(context=2)), (4, Layout(tensor=2, context=2, expert=2, expert_tensor=2))):
         ours = run_ranks(ranks, auxiliary_alone, corpus, layout)[0]
         for name, gradient in one.items():
             limit = 1e-5 * gradient.norm() + 1e-9  # the head has none
