@@ -95,7 +95,9 @@ def one_rank(corpus: Path) -> Outcome:
 
 
 @pytest.mark.parametrize(
-    "name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)], ids=lambda name: name.replace(" ", "-")
+    "name",
+    [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)],
+    ids=lambda name: name.replace(" ", "-").replace("*", "-"),
 )
 def test_equals_one_rank(corpus: Path, one_rank: Outcome, table: list[Line], name: str) -> None:
     ranks, layout = (LAYOUTS | LARGE)[name]

@@ -60,7 +60,7 @@ def writers(corpus: Path, saved: Path) -> Runs:
         ("1", "ep2*etp2"),
         ("1", "tp2*pp2"),
     ],
-    ids=lambda name: name.replace(" ", "-"),
+    ids=lambda name: name.replace(" ", "-").replace("*", "-"),
 )
 def test_another_layout_goes_on(corpus: Path, saved: Path, writers: Runs, writer: str, reader: str) -> None:
     wrote = writers(writer)
