@@ -1,4 +1,4 @@
-"""Context parallelism in all its forms changes nothing; the default form is in test_layouts, with the other kinds of layout."""
+"""Context parallelism in all its forms changes nothing, over twenty steps; test_layouts has it beside the other kinds of layout."""
 
 import itertools
 from functools import partial
@@ -18,7 +18,7 @@ from tests.engine.equality import Outcome, hybrid, same, train_on
 from tests.parallel.packings import ROWS
 from tests.support import little_plan
 
-STEPS = 4
+STEPS = 20
 PACKINGS = tuple(ROWS.values())
 
 
@@ -45,8 +45,8 @@ def test_two_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) ->
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(context=4, exchange="pruned", owners="balanced"), Layout(context=4, key_value=2)],
-    ids=["pruned balanced", "two levels"],
+    [Layout(context=4, exchange="pruned", owners="balanced"), Layout(context=4, key_value=2), Layout(context=2, tensor=2)],
+    ids=["pruned balanced", "two levels", "tensor2"],
 )
 def test_four_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) -> None:
     same(run_ranks(4, train, corpus, layout, {})[3], one_rank)
