@@ -1,9 +1,10 @@
 """Run a function on n local ranks and get what each returned: for tests and benchmarks."""
 
+import faulthandler
 import multiprocessing
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -32,7 +33,7 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         processes.append(process)
         pipes[ours] = rank
     try:
-        results = _collect(pipes)
+        results = _collect(pipes, processes)
     finally:
         for process in processes:
             process.terminate()
@@ -41,6 +42,7 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 
 def _rank(pipe: Connection, work: Callable[..., Any], place: Place, arguments: tuple[Any, ...]) -> None:
+    faulthandler.enable()  # a crash prints where each thread was
     try:
         outcome: tuple[Any, str | None] = (work(place, *arguments), None)
     except BaseException:
@@ -48,7 +50,7 @@ def _rank(pipe: Connection, work: Callable[..., Any], place: Place, arguments: t
     pipe.send_bytes(pickle.dumps(outcome))  # by value: shared tensors would die with this process
 
 
-def _collect(pipes: dict[Connection, int]) -> dict[int, Any]:
+def _collect(pipes: dict[Connection, int], processes: Sequence[Any]) -> dict[int, Any]:
     results: dict[int, Any] = {}
     waiting = dict(pipes)
     while waiting:
@@ -57,7 +59,8 @@ def _collect(pipes: dict[Connection, int]) -> dict[int, Any]:
             try:
                 results[rank], failure = pickle.loads(pipe.recv_bytes())
             except EOFError:
-                failure = "the process died without a word"
+                processes[rank].join()
+                failure = f"the process died without a word, exit code {processes[rank].exitcode} (-N: signal N)"
             if failure is not None:
                 raise RuntimeError(f"rank {rank} of {len(pipes)} failed:\n{failure}")
     return results
