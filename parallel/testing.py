@@ -12,6 +12,9 @@ import torch.distributed as dist
 
 from parallel.world import Place
 
+PATIENCE = 5.0
+"""Seconds in which other ranks may say why they failed too, after the first has."""
+
 
 def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
     """[work(place, *arguments) of rank 0, 1, ...], each in a process of its own; RuntimeError with its traceback where one fails.
@@ -36,7 +39,8 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         results = _collect(pipes, processes)
     finally:
         for process in processes:
-            process.terminate()
+            if process.exitcode is None:
+                process.terminate()
             process.join()
     return [results[rank] for rank in range(size)]
 
@@ -44,23 +48,31 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 def _rank(pipe: Connection, work: Callable[..., Any], place: Place, arguments: tuple[Any, ...]) -> None:
     faulthandler.enable()  # a crash prints where each thread was
     try:
-        outcome: tuple[Any, str | None] = (work(place, *arguments), None)
+        outcome = pickle.dumps((work(place, *arguments), None))  # by value: shared tensors would die with this process
     except BaseException:
-        outcome = (None, traceback.format_exc())
-    pipe.send_bytes(pickle.dumps(outcome))  # by value: shared tensors would die with this process
+        outcome = pickle.dumps((None, traceback.format_exc()))
+    pipe.send_bytes(outcome)
 
 
 def _collect(pipes: dict[Connection, int], processes: Sequence[Any]) -> dict[int, Any]:
+    """What each rank returned. RuntimeError with what every failed rank says: others often fail because of the first."""
     results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
     waiting = dict(pipes)
     while waiting:
-        for pipe in [pipe for pipe in wait(list(waiting)) if isinstance(pipe, Connection)]:
+        ready = wait(list(waiting), timeout=PATIENCE if failures else None)
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
             try:
                 results[rank], failure = pickle.loads(pipe.recv_bytes())
-            except EOFError:
+            except (EOFError, OSError):
                 processes[rank].join()
-                failure = f"the process died without a word, exit code {processes[rank].exitcode} (-N: signal N)"
+                failure = f"the process died without a word, exit code {processes[rank].exitcode} (-N: signal N)\n"
             if failure is not None:
-                raise RuntimeError(f"rank {rank} of {len(pipes)} failed:\n{failure}")
+                failures[rank] = failure
+    if failures:
+        raise RuntimeError("\n".join(f"rank {rank} of {len(pipes)} failed:\n{text}" for rank, text in sorted(failures.items())))
     return results

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from minimax_train.engine.cpu import cpu_for_cuda
+from minimax_train.engine.gloo import plain_gathers
 from parallel.groups import Groups, make_groups
 from parallel.layout import Layout
 from parallel.world import Place, joined
@@ -47,6 +48,7 @@ def session(device: Device = "cpu", layout: Layout | None = None, place: Place |
         logging.getLogger("megatron").setLevel(logging.WARNING)  # never higher: some warnings are the only sign of a corrupt checkpoint
         if device == "cpu":
             stack.enter_context(cpu_for_cuda())
+            stack.enter_context(plain_gathers())
         else:
             torch.cuda.set_device(place.local_rank)
         stack.enter_context(joined(place, "gloo" if device == "cpu" else "nccl"))
