@@ -10,7 +10,7 @@ class Shares:
     """Of m sources, the exact share of every sample n = 0, 1, ... of a stage; all integers, in units of 1 / `unit`.
 
     Over the first `ramp` samples (a fraction of one counts) shares go in a straight line from `begin` to `base`: MiniMax-01's linear
-    interpolation at transitions (arXiv 2501.08313, section 4.2), taken at the middle of each sample. They stay at `base` until `late_from`,
+    interpolation at transitions (arXiv 2501.08313, Table 6 and its text), taken at the middle of each sample. They stay at `base` until `late_from`,
     and at `late` from there on, for ever. Each of begin, base and late sums to 1.
     """
 

@@ -83,7 +83,7 @@ class Mixture:
     """Of each source, 0 or more; divided by their sum. A source not named has 0."""
     ramp_tokens: int = 0
     """The stage's first tokens, over which weights go in a straight line from those the stage before ended with to these ("linear
-    interpolation of source-specific sampling weights", MiniMax-01 section 4.2; how many tokens is not published)."""
+    interpolation of source-specific sampling weights", MiniMax-01, beside Table 6; how many tokens is not published)."""
     late: dict[str, float] = field(default_factory=dict)
     """Shares (of 1) these sources have at the end of the stage; the others' weights share the rest. MiniMax-01, Table 6: 0.1 of
     long-context question answering in the last 20 %."""
