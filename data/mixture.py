@@ -9,9 +9,9 @@ from math import inf, lcm
 class Shares:
     """Of m sources, the exact share of every sample n = 0, 1, ... of a stage; all integers, in units of 1 / `unit`.
 
-    Over the first `ramp` samples (a fraction of one counts) shares go in a straight line from `begin` to `base`, taken at the middle of each
-    sample: MiniMax-01's linear interpolation at transitions (arXiv 2501.08313, beside Table 6). They stay at `base` until `late_from`, and at
-    `late` from there on, for ever. Each of begin, base and late sums to 1.
+    Over the first `ramp` samples (a fraction of one counts) shares go in a straight line from `begin` to `base`, taken at the middle of
+    each sample: MiniMax-01's linear interpolation at transitions (arXiv 2501.08313, beside Table 6). They stay at `base` until
+    `late_from`, and at `late` from there on, for ever. Each of begin, base and late sums to 1.
     """
 
     def __init__(
