@@ -10,6 +10,8 @@ by one gather of all its tokens. Planning is timed for a whole window of 2^26 to
 import json
 import sys
 import tempfile
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,8 +21,9 @@ from machine import compare, machine, measure
 
 from data.batches import NOTHING_TO_PREDICT, assemble
 from data.dataset import TokenDataset
+from data.mixture import Shares
 from data.packing import Packing, plan_window
-from data.sampler import ROWS_AHEAD
+from data.sampler import ROWS_AHEAD, Batching, Bookmark, Sampler
 from data.stream import Pieces, Stream
 from data.views import of_length
 
@@ -77,6 +80,24 @@ def measure_rows(packing: Packing, folder: Path) -> dict[str, Any]:
     }
 
 
+def measure_sampler(packing: Packing) -> dict[str, Any]:
+    """Every row a mixture of four sources gives, one thread doing everything: turns, plans, rows."""
+    lengths = drawn_lengths(LENGTH * ROWS, LENGTH / DOCUMENTS)
+    view = of_length(dataset_of(lengths, np.zeros(int(lengths.sum()), np.int32)))
+    begin, base, late = ([Fraction(w, 100) for w in weights] for weights in ((30, 70, 0, 0), (35, 35, 30, 0), (30, 30, 30, 10)))
+    shares = Shares(begin, base, late, ramp=Fraction(10_000), late_from=100_000)
+    names = ("short", "medium", "long", "qa")
+    batching = Batching(length=LENGTH, packing=packing, window_tokens=2**26)
+    bookmarks = {name: Bookmark() for name in names}
+    rows = Sampler(dict.fromkeys(names, view), shares, batching, seed=0, bookmarks=bookmarks)
+
+    def take() -> None:
+        for _ in range(2 * ROWS):
+            next(rows)
+
+    return {"packing": packing, "rows": 2 * ROWS, "seconds": asdict(measure(take, repeats=5))}
+
+
 def measure_plan(packing: Packing, length: int, tokens: int) -> dict[str, Any]:
     """Planning one window; every repeat shuffles its epoch anew. No token is read."""
     lengths = drawn_lengths(tokens, 1000)
@@ -94,7 +115,7 @@ def measure_plan(packing: Packing, length: int, tokens: int) -> dict[str, Any]:
         "documents": len(lengths),
         "efficiency": float(window.tokens.mean()) / length,
         "split_documents": int(window.split.sum()),
-        "seconds": measure(plan, repeats=5).__dict__,
+        "seconds": asdict(measure(plan, repeats=5)),
     }
 
 
@@ -103,7 +124,7 @@ def per_second(timing: dict[str, Any], rows: int) -> str:
     return f"{rows / timing['median']:.0f} ({rows / timing['most']:.0f} to {rows / timing['least']:.0f})"
 
 
-def table(rows: list[dict[str, Any]], plans: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+def table(rows: list[dict[str, Any]], samplers: list[dict[str, Any]], plans: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     lines = [
         "# Rows of a million tokens",
         "",
@@ -120,7 +141,10 @@ def table(rows: list[dict[str, Any]], plans: list[dict[str, Any]], facts: dict[s
             f"| {r['packing']} | {r['pieces_per_row']:,.0f} | {1 - r['efficiency']:.2%} | {r['split_documents']} "
             f"| {per_second(r['ours'], r['rows'])} | {per_second(r['theirs'], r['rows'])} | {r['ratio']:.2f} |"
         )
+    inline = ", ".join(f"{s['packing']} {per_second(s['seconds'], s['rows'])}" for s in samplers)
     lines += [
+        "",
+        f"With turns of four sources and all plans in the same thread (`data.workers: 0`), rows a second: {inline}.",
         "",
         "Planning one window, CPU seconds, median (least to most) of 5; documents of 1,000 tokens in the mean. A thread does it while the",
         "window before is read.",
@@ -140,13 +164,16 @@ def table(rows: list[dict[str, Any]], plans: list[dict[str, Any]], facts: dict[s
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure_rows(packing, Path(folder)) for packing in PACKINGS]
+        samplers = [measure_sampler(packing) for packing in PACKINGS]
     sizes = [(length, 2**26) for length in (8192, 131_072, LENGTH)] + [(8192, 2**25), (8192, 2**27)]
     plans = [measure_plan(packing, length, tokens) for packing in PACKINGS for length, tokens in sizes]
     facts = machine() | {"numpy": np.__version__}
     results = Path(__file__).parent / "results"
-    (results / "data_rows.json").write_text(json.dumps({"machine": facts, "rows": rows, "plans": plans}, indent=1) + "\n")
-    (results / "data_rows.md").write_text(table(rows, plans, facts))
-    print(table(rows, plans, facts))
+    (results / "data_rows.json").write_text(
+        json.dumps({"machine": facts, "rows": rows, "samplers": samplers, "plans": plans}, indent=1) + "\n"
+    )
+    (results / "data_rows.md").write_text(table(rows, samplers, plans, facts))
+    print(table(rows, samplers, plans, facts))
     return 0
 
 
