@@ -1,1 +1,1 @@
-"""How documents become batches: tokenise, index, pack. Imports nothing of ours."""
+"""How documents become batches: tokenise, index, mix, pack. Imports nothing of ours."""

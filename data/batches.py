@@ -1,4 +1,4 @@
-"""Packed rows of documents: for training a pure function of (dataset, seed, length, sample number), for validation every document once."""
+"""Packed rows of documents: assembled from their pieces, for training; and for validation every document once."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.dataset import TokenDataset
-from data.shuffle import shuffled
+from data.stream import Pieces
 
 NOTHING_TO_PREDICT = -100
 """Label of a document's last token; torch's cross_entropy ignores it by default."""
-CUT_ORDER = 2**32
-"""Added to the seed for the order of cuts, so that it has nothing to do with the order of documents."""
+FILLING = -1
+"""Row.documents' number for the segment that fills a row up: it is of no document and predicts nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Row:
     labels:      int64 [T], the next token of the same document (also at a cut), NOTHING_TO_PREDICT at a document's last token
     positions:   int64 [T], 0, 1, 2, ... in each segment: what is left of a document cut by a row's edge starts again at 0 in its next row
     cu_seqlens:  int32 [S+1], where segments start, and T; no segment is empty
-    documents:   int64 [S], the document each segment is from
+    documents:   int64 [S], the document each segment is from (its number in the dataset), FILLING for the one that fills the row up
     starts:      int64 [S], its first token's place in that document: place = positions + starts of its segment
     """
 
@@ -35,62 +35,36 @@ class Row:
     starts: NDArray[np.int64]
 
 
-class TrainingRows:
-    """An endless stream of documents, shuffled anew each epoch, cut every `length` tokens, its cuts drawn in random order.
+def assemble(dataset: TokenDataset, pieces: Pieces, length: int) -> Row:
+    """The row of exactly `length` tokens that holds these pieces in their order, none empty.
 
-    The stream is epoch 0, epoch 1, ..., each all documents one after the other in an order drawn from (seed, epoch). Cut i holds its
-    tokens i*length up to (i+1)*length. As many cuts as fit into an epoch make a block, and training takes each block's cuts in an order
-    of its own: neighbouring cuts are often the same long document, and a model that sees one for many steps on end forgets the rest.
-    A dataset shorter than a row works: the row then spans epochs.
+    What they leave is one more segment, of the end-of-document id, without labels. Raises ValueError for an id outside the vocabulary, and
+    where the pieces hold more than `length` tokens or none.
     """
-
-    def __init__(self, dataset: TokenDataset, *, seed: int, length: int) -> None:
-        if length < 1 or seed < 0:
-            raise ValueError(f"seed {seed}, length {length}: seed must be at least 0, length at least 1")
-        self.dataset, self.seed, self.length = dataset, seed, length
-        self.block = max(1, dataset.token_count // length)
-        self._blocks: tuple[int, NDArray[np.int64]] | None = None
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}  # of the last two: a block reaches into a second
-
-    def row(self, sample: int) -> Row:
-        """Row number `sample`, of exactly `length` tokens. Any order of calls; going on within a block is fastest (its order is kept)."""
-        if sample < 0:
-            raise ValueError(f"sample {sample}: samples are counted from 0")
-        block, place = divmod(sample, self.block)
-        if self._blocks is None or self._blocks[0] != block:
-            self._blocks = block, shuffled(self.block, seed=self.seed + CUT_ORDER, epoch=block)
-        return self.cut(block * self.block + int(self._blocks[1][place]))
-
-    def cut(self, number: int) -> Row:
-        """Cut `number` of the stream, counted from 0."""
-        first = number * self.length
-        size = self.dataset.token_count
-        pieces = []
-        for epoch in range(first // size, (first + self.length - 1) // size + 1):
-            start, stop = max(0, first - epoch * size), min(size, first + self.length - epoch * size)
-            pieces.append(self._segments(epoch, start, stop))
-        documents, starts, stops = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-        return _row(self.dataset, documents, starts, stops)
-
-    def rows(self, first_sample: int = 0, step: int = 1) -> Iterator[Row]:
-        """Rows first_sample, first_sample + step, ... without end: rank r of R takes first_sample + r and step R, whatever R is."""
-        sample = first_sample
-        while True:
-            yield self.row(sample)
-            sample += step
-
-    def _segments(self, epoch: int, start: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """What lies in tokens `start` to `stop` of an epoch: documents, first places, places after the last; int64 [S] each."""
-        if epoch not in self._epochs:
-            order = shuffled(self.dataset.documents, seed=self.seed, epoch=epoch)
-            kept = list(self._epochs.items())[-1:]
-            self._epochs = dict([*kept, (epoch, (order, np.cumsum(self.dataset.lengths[order])))])
-        order, all_ends = self._epochs[epoch]
-        low = int(np.searchsorted(all_ends, start, side="right"))
-        high = int(np.searchsorted(all_ends, stop, side="left")) + 1
-        documents, ends = order[low:high], all_ends[low:high]
-        begins = ends - self.dataset.lengths[documents]
-        return documents, np.maximum(start, begins) - begins, np.minimum(stop, ends) - begins
+    sizes = pieces.sizes
+    held = int(sizes.sum())
+    if not 0 < held <= length:
+        raise ValueError(f"{dataset.prefix}: pieces of {held} tokens for a row of {length}")
+    missing = length - held
+    if missing:
+        sizes = np.append(sizes, missing)
+    ends = np.cumsum(sizes)
+    tokens, positions = np.empty(length, np.int64), np.empty(length, np.int64)
+    counted = np.arange(int(sizes.max()))
+    # slices: a gather over all tokens is slower
+    firsts = dataset.offsets[pieces.documents] + pieces.starts
+    for first, last, place in zip((ends - sizes).tolist(), ends.tolist(), firsts.tolist(), strict=False):
+        tokens[first:last] = dataset.stream[place : place + last - first]
+        positions[first:last] = counted[: last - first]
+    tokens[held:], positions[held:] = dataset.eod, counted[:missing]
+    _check_ids(dataset, tokens)
+    labels = np.empty_like(tokens)
+    labels[:-1] = tokens[1:]
+    labels[held:] = NOTHING_TO_PREDICT
+    labels[ends[: len(pieces)] - 1] = _after(dataset, pieces)
+    documents, starts = (np.append(x, y) if missing else x for x, y in ((pieces.documents, FILLING), (pieces.starts, 0)))
+    cu_seqlens = np.concatenate([np.zeros(1, np.int32), ends.astype(np.int32)])
+    return Row(tokens=tokens, labels=labels, positions=positions, cu_seqlens=cu_seqlens, documents=documents, starts=starts)
 
 
 def held_out_rows(dataset: TokenDataset, length: int) -> Iterator[Row]:
@@ -111,7 +85,8 @@ def held_out_rows(dataset: TokenDataset, length: int) -> Iterator[Row]:
     first, taken = 0, 0
     while first < len(documents):
         last = int(np.searchsorted(ends, taken + length, side="right"))
-        yield _row(dataset, documents[first:last], starts[first:last], stops[first:last])
+        parts = Pieces(documents=documents[first:last], starts=starts[first:last], stops=stops[first:last])
+        yield assemble(dataset, parts, int(parts.sizes.sum()))
         first, taken = last, int(ends[last - 1])
 
 
@@ -138,20 +113,14 @@ def check_vocabulary(dataset: TokenDataset, vocabulary: int) -> None:
         )
 
 
-def _row(dataset: TokenDataset, documents: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Row:
-    """The row of these segments; each argument int64 [S]. Raises ValueError for an id outside the vocabulary."""
-    lengths = stops - starts
-    cu_seqlens = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-    positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths)
-    tokens = dataset.stream[positions + np.repeat(dataset.offsets[documents] + starts, lengths)].astype(np.int64)
+def _check_ids(dataset: TokenDataset, tokens: NDArray[np.int64]) -> None:
     if tokens.max() >= dataset.vocabulary or tokens.min() < 0:
         found = f"ids from {tokens.min()} to {tokens.max()}"
         raise ValueError(f"{dataset.prefix}.bin: {found}, expected 0 to {dataset.vocabulary - 1}: damaged; prepare the dataset again")
-    cut = stops < dataset.lengths[documents]
-    following = dataset.stream[np.where(cut, dataset.offsets[documents] + stops, 0)].astype(np.int64)
-    labels = np.empty_like(tokens)
-    labels[:-1] = tokens[1:]
-    labels[cu_seqlens[1:] - 1] = np.where(cut, following, NOTHING_TO_PREDICT)
-    return Row(
-        tokens=tokens, labels=labels, positions=positions, cu_seqlens=cu_seqlens.astype(np.int32), documents=documents, starts=starts
-    )
+
+
+def _after(dataset: TokenDataset, pieces: Pieces) -> NDArray[np.int64]:
+    """The token that follows each piece in its document, NOTHING_TO_PREDICT after a document's last."""
+    cut = pieces.stops < dataset.lengths[pieces.documents]
+    following = dataset.stream[np.where(cut, dataset.offsets[pieces.documents] + pieces.stops, 0)].astype(np.int64)
+    return np.where(cut, following, NOTHING_TO_PREDICT)

@@ -3,27 +3,22 @@
 Units: lengths and batches in tokens, learning rates per step, RoPE bases without unit. Fields without a source are ours.
 """
 
-import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
+from minimax_train.limits import at_least
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.recompute import Recompute
 from minimax_train.model.router_options import RouterOptions
 from minimax_train.model.stages import Cut, cut_layers
+from minimax_train.sources import Data, Mixture, Source, exact
 from parallel.heads import check_heads
 from parallel.layout import Layout
 
+__all__ = ["Checkpoints", "Data", "LearningRate", "Mixture", "Optimizer", "Plan", "Source", "Stage", "Start", "Validation"]
+
 Precision = Literal["fp32", "bf16"]
-
-
-def _at_least(owner: str, record: object, **lowest: float) -> None:
-    """Refuses a field of `record` below its lowest value, infinite, or NaN."""
-    for name, low in lowest.items():
-        value = getattr(record, name)
-        if not math.isfinite(value) or value < low:
-            raise ValueError(f"{owner}.{name} is {value}; it must be a finite number, at least {low:g}")
+Packing = Literal["concat", "best_fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +37,7 @@ class LearningRate:
     decay: Literal["linear", "cosine", "exponential"] = "linear"
 
     def __post_init__(self) -> None:
-        _at_least("learning_rate", self, peak=0, start=0, warmup_steps=0, final=0, decay_tokens=0)
+        at_least("learning_rate", self, peak=0, start=0, warmup_steps=0, final=0, decay_tokens=0)
         if self.decay == "exponential" and self.decay_tokens and not 0 < self.final <= self.peak:
             raise ValueError(f"learning_rate.final is {self.final}; an exponential decay needs 0 < final <= peak {self.peak}")
 
@@ -62,13 +57,18 @@ class Stage:
     batch_tokens: int
     """Tokens in a global batch: a multiple of length."""
     learning_rate: LearningRate
+    mixture: Mixture | None = None
+    """None: every row is of the only source."""
+    packing: Packing = "concat"
+    """concat: documents one after the other, cut every `length` tokens; nothing is lost, nothing filled up. best_fit: only documents longer
+    than a row are split, the others are packed so that little is filled up (arXiv 2404.10830)."""
     recompute: Recompute = "none"
     """full: a layer keeps its input alone and runs again in the backward pass; a third more work, for a fraction of the memory.
     selective: only the experts' gate and up are computed again."""
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
-        _at_least(owner, self, length=1, rope_base=1, tokens=1, batch_tokens=1)
+        at_least(owner, self, length=1, rope_base=1, tokens=1, batch_tokens=1)
         if self.batch_tokens % self.length:
             raise ValueError(f"{owner}: batch_tokens is {self.batch_tokens}, not a multiple of length {self.length}")
         rate = self.learning_rate
@@ -76,6 +76,11 @@ class Stage:
             raise ValueError(
                 f"{owner}: warm-up of {rate.warmup_steps} steps ({rate.warmup_steps * self.batch_tokens} tokens) and decay of "
                 f"{rate.decay_tokens} tokens do not fit into the stage's {self.steps * self.batch_tokens} tokens"
+            )
+        if self.mixture is not None and self.mixture.ramp_tokens > self.late_from * self.length:
+            raise ValueError(
+                f"{owner}: mixture.ramp_tokens is {self.mixture.ramp_tokens}; the weights must have arrived within the stage's first "
+                f"{self.late_from * self.length} tokens{' (then mixture.late begins)' if self.mixture.late else ''}"
             )
 
     @property
@@ -88,26 +93,12 @@ class Stage:
         """Optimizer steps of the stage."""
         return -(-self.tokens // self.batch_tokens)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """Token files: prefixes of `.bin`/`.idx`/`.json` as `minimax-train data prepare` writes them."""
-
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
-
-    train: str
-    validation: str
-    prepare: Literal["stdlib"] | None = None
-    """Where the files are missing, make them first: `stdlib` is the running Python's own source files, as FOLDER/train and
-    FOLDER/validation."""
-
-    def __post_init__(self) -> None:
-        train, validation = Path(self.train), Path(self.validation)
-        if self.prepare and (train.parent != validation.parent or (train.name, validation.name) != ("train", "validation")):
-            raise ValueError(
-                f"data.prepare={self.prepare} writes FOLDER/train and FOLDER/validation, but data.train is {self.train} and "
-                f"data.validation {self.validation}: name them so, or set data.prepare=null"
-            )
+    @property
+    def late_from(self) -> int:
+        """The first row of the stage in which mixture.late counts; its number of rows where there is none."""
+        rows = self.rows * self.steps
+        late = self.mixture.late_fraction if self.mixture is not None and self.mixture.late else 0
+        return rows - int(exact(late) * rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +114,7 @@ class Optimizer:
     clip_grad: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least("optimizer", self, beta1=0, beta2=0, eps=0, weight_decay=0, clip_grad=0)
+        at_least("optimizer", self, beta1=0, beta2=0, eps=0, weight_decay=0, clip_grad=0)
         if self.beta1 >= 1 or self.beta2 >= 1:
             raise ValueError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; they must be below 1")
 
@@ -150,7 +141,7 @@ class Checkpoints:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _at_least("checkpoints", self, every_steps=1, keep=1)
+        at_least("checkpoints", self, every_steps=1, keep=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +155,7 @@ class Validation:
     """At most this many held-out tokens are used (whole rows; at least one)."""
 
     def __post_init__(self) -> None:
-        _at_least("validation", self, every_steps=1, tokens=1)
+        at_least("validation", self, every_steps=1, tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +185,7 @@ class Plan:
     validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self) -> None:
-        _at_least("plan", self, auxiliary_loss=0)
+        at_least("plan", self, auxiliary_loss=0)
         if not self.stages:
             raise ValueError("stages is empty; a plan needs at least one")
         names = [stage.name for stage in self.stages]
@@ -207,7 +198,21 @@ class Plan:
         check_heads(self.model.num_key_value_heads // self.layout.tensor, self.layout.key_value)
         for stage in self.stages:
             self.layout.check_length(f"stage {stage.name!r}: length", stage.length)
+            self._check_mixture(stage)
         _ = self.cut  # refuses more pipeline ranks than layers
+
+    def _check_mixture(self, stage: Stage) -> None:
+        """Refuses sources that `data` does not have, and weights that cannot be worked out."""
+        owner, known = f"stage {stage.name!r}", self.data.by_name
+        if stage.mixture is None:
+            if len(known) > 1:
+                raise ValueError(f"{owner}: mixture is null, but data.sources has {', '.join(known)}: say mixture.weights of them")
+            return
+        for name in (*stage.mixture.weights, *stage.mixture.late):
+            if name not in known:
+                raise ValueError(f"{owner}: mixture names source {name!r}; data has {', '.join(known)}: use one of these, or add it there")
+        if stage.mixture.ramp_tokens and stage is self.stages[0]:
+            raise ValueError(f"{owner}: mixture.ramp_tokens is {stage.mixture.ramp_tokens}, but no stage comes before it: set it to 0")
 
     @property
     def total_steps(self) -> int:

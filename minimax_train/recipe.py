@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -147,10 +147,13 @@ def _explain(error: Any) -> str:
 def _keys_at(location: list[str]) -> list[str]:
     """Names of the fields of the record at `location` in a Plan."""
     kind: Any = Plan
+    named = False  # `part` is a key that the plan's writer chose, of a dictionary of records
     for part in location:
-        if part.isdigit():
+        if named or part.isdigit():
+            named = False
             continue
         kind = next((field.type for field in fields(kind) if field.name == part), None)
+        named = get_origin(kind) is dict
         kind = next((k for k in (kind, *get_args(kind)) if is_dataclass(k)), None)
         if kind is None:
             return []

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.support import little_corpus
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, as megatron-core does: its own functions are made for one mode
+settings.register_profile("shared", deadline=None)  # a busy machine makes any example slow
+settings.load_profile("shared")
 os.environ["OMP_NUM_THREADS"] = "1"  # the processes that tests start: several ranks share few cores
 
 

@@ -1,11 +1,17 @@
 """Small real things that several tests need: a little model, a little corpus, a plan that trains in a second."""
 
 import random
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from data.batches import Row
+from data.dataset import TokenDataset
+from data.mixture import Shares
 from data.prepare import prepare
+from data.sampler import Batching, Bookmark, Sampler
 from data.tokenizer import train_tokenizer
+from data.views import of_length
 from minimax_train.model.config import ModelConfig, deepnorm_alpha
 from minimax_train.plan import Checkpoints, Data, LearningRate, Plan, Stage, Validation
 
@@ -79,3 +85,23 @@ def little_plan(corpus: Path, **changes: Any) -> Plan:
         "validation": Validation(every_steps=4, tokens=600),
     }
     return Plan(**{**fields, **changes})
+
+
+class LittleRows:
+    """Rows of one source, by number: those a stage of that length trains on."""
+
+    def __init__(self, prefix: str | None, *, seed: int = 1, length: int = 64) -> None:
+        one = [Fraction(1)]
+        self._made: list[Row] = []
+        self._rows = Sampler(
+            {"train": of_length(TokenDataset.open(str(prefix)))},
+            Shares(one, one, one, ramp=Fraction(0), late_from=0),
+            Batching(length=length, packing="concat", window_tokens=2**20),
+            seed=seed,
+            bookmarks={"train": Bookmark()},
+        )
+
+    def row(self, sample: int) -> Row:
+        while len(self._made) <= sample:
+            self._made.append(next(self._rows).row)
+        return self._made[sample]

@@ -1,12 +1,13 @@
 """What a checkpoint says about itself, in `checkpoint.json`: enough to load it without the run that wrote it."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from data.sampler import Bookmark
 from minimax_train.model.config import ModelConfig
 from minimax_train.plan import Precision
 
@@ -24,9 +25,11 @@ class Progress:
     stage: int = 0
     """Index of the stage the next step belongs to."""
     stage_step: int = 0
-    """Steps already taken in that stage; with the plan's seed it gives the next sample."""
+    """Steps already taken in that stage."""
     tokens: int = 0
     """Tokens of all global batches so far."""
+    sources: dict[str, Bookmark] = field(default_factory=dict)
+    """Where each source of training rows stands; empty before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ class Record:
     progress: Progress
     optimizer_steps: int | None
     """Adam's own count; None where the checkpoint holds weights only."""
-    data_fingerprint: str | None = None
-    """Of the training tokens; None where it was converted."""
+    data_fingerprints: dict[str, str] = field(default_factory=dict)
+    """Of each source's token file; empty where it was converted."""
     stage_end: bool = False
     """Kept for ever: evaluations compare the ends of stages."""
 

@@ -16,6 +16,7 @@ from minimax_train.report.plots import Plot, expert_plot, loss_plot, optimizer_p
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
 from minimax_train.report.router_plot import router_plot
+from minimax_train.report.source_plot import source_plot
 from minimax_train.report.summary import Summary, notices, summarize
 
 
@@ -45,6 +46,7 @@ def write_report(run: Path) -> Path:
         position_plot(record.name, record.positions),
         expert_plot(record),
         router_plot(record),
+        source_plot(record),
         throughput_plot(record, summary),
         optimizer_plot(record),
     )

@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from minimax_train.report.positions import PositionLosses, read_positions
 from minimax_train.report.routers import Routers, collect_routers, read_router
+from minimax_train.report.sources import Sources, collect_sources, read_sources
 
 _REQUIRED = ("tokens", "loss", "grad_norm", "lr", "tokens_per_second", "step_seconds")
 _OPTIONAL = ("mfu", "expert_load_max")
@@ -58,7 +59,7 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All a report needs. `routers`, `positions` and `facts` are None where there is nothing of them; `remarks` are said on the page."""
+    """All a report needs. `routers`, `sources`, `positions` and `facts` are None where there is nothing of them."""
 
     name: str
     directory: str
@@ -67,9 +68,10 @@ class Record:
     training: Training
     validation: Validation
     routers: Routers | None
+    sources: Sources | None
     positions: tuple[PositionLosses, ...] | None
     facts: Mapping[str, Any] | None
-    remarks: tuple[str, ...]
+    remarks: tuple[str, ...]  # said on the page
 
     @property
     def first_token(self) -> float:
@@ -108,6 +110,7 @@ def read_record(run: Path) -> Record:
         training=_training(line for line in lines if "loss" in line),
         validation=_validation([line for line in lines if "validation_loss" in line]),
         routers=collect_routers([line.get("router") for line in lines if "loss" in line]),
+        sources=collect_sources([line.get("sources") for line in lines if "loss" in line]),
         positions=read_positions(read_json(run / "evaluation" / "positions.json"), run / "evaluation" / "positions.json"),
         facts=facts,
         remarks=remarks,
@@ -194,6 +197,8 @@ def _checked(line: dict[str, Any], where: str, stage_number: Mapping[str, int]) 
         checked[key] = math.nan if value is None else float(value)
     if not validation and line.get("router"):
         checked["router"] = read_router(line["router"], where)
+    if not validation:
+        checked["sources"] = read_sources(line, where)
     if validation and line.get("expert_load"):
         try:
             checked["expert_load"] = np.array(line["expert_load"], dtype=np.float64).reshape(len(line["expert_load"]), -1)

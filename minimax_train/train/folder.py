@@ -44,7 +44,8 @@ class RunFolder:
     def adopt(self, plan: Plan) -> None:
         """Makes the folder this plan's: a new run, or the same one going on. ValueError listing what may not change.
 
-        A run may go on with other `steps`, checkpoint and validation intervals, layout, recomputation and ranks; nothing else.
+        A run may go on with other `steps`, checkpoint and validation intervals, layout, recomputation, data workers and ranks; nothing
+        else.
         """
         if self.plan.exists():
             refused = differences(_what_stays(plan), _what_stays(self.load_plan()))
@@ -66,6 +67,7 @@ class RunFolder:
 def _what_stays(plan: Plan) -> dict[str, Any]:
     """The fields in which a run must not change."""
     tree = {name: value for name, value in as_tree(plan).items() if name not in CHANGEABLE}
+    tree["data"] = {name: value for name, value in tree["data"].items() if name != "workers"}
     tree["stages"] = [{name: value for name, value in stage.items() if name != "recompute"} for stage in tree["stages"]]
     return tree
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from data.batches import TrainingRows, unigram_entropy
+from data.batches import unigram_entropy
+from data.sampler import Bookmark, Sampler
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import folder_of, prune
 from minimax_train.checkpoint.store import save
@@ -28,6 +29,7 @@ from minimax_train.train.peak import peak_flops
 from minimax_train.train.resume import Opening, open_data, open_run, restore
 from minimax_train.train.rows import to_row
 from minimax_train.train.schedule import learning_rate
+from minimax_train.train.stage_rows import stage_sampler
 from minimax_train.train.validate import score, validation_rows
 from parallel.collectives import first_does
 
@@ -71,9 +73,9 @@ class _Run:
 
     def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening) -> None:
         self.plan, self.folder, self.session = plan, folder, session
-        self.train_data, validation_data = open_data(plan)
+        self.data = open_data(plan)
         lengths = {stage.length for stage in plan.stages}
-        self.held_out = {length: validation_rows(validation_data, length, plan.validation.tokens) for length in lengths}
+        self.held_out = {length: validation_rows(self.data.validation, length, plan.validation.tokens) for length in lengths}
         self.trainer = Trainer(plan, session)
         restore(self.trainer, opening, plan)
         self.progress = opening.progress
@@ -104,25 +106,38 @@ class _Run:
         for decoder in self.trainer.decoders:
             decoder.rope_base, decoder.recompute = stage.rope_base, stage.recompute
         data = self.session.groups.data
-        source = TrainingRows(self.train_data, seed=self.plan.seed + self.progress.stage, length=stage.length)  # a stage draws anew
         if self.progress.step == 0:
             self._validate(stage)
-        for step in range(self.progress.stage_step, stage.steps):
-            if self.progress.step >= self.plan.total_steps:
-                return
-            begin = time.perf_counter()
-            samples = range(step * stage.rows + data.rank(), (step + 1) * stage.rows, data.size())
-            rows = [to_row(source.row(sample), self.session) for sample in samples]
-            rate = learning_rate(stage, step)
-            report = self.trainer.step(rows, rate)
-            self._advance(stage)
-            self._write_step(stage, report, rate, time.perf_counter() - begin)
-            tick()
-            self._after_step(stage, ended=step + 1 == stage.steps)
+        with stage_sampler(
+            self.plan, self.progress.stage, self.data.sources, self.progress.sources, rank=data.rank(), ranks=data.size()
+        ) as sampler:
+            for step in range(self.progress.stage_step, stage.steps):
+                if self.progress.step >= self.plan.total_steps:
+                    return
+                self._step(stage, step, sampler)
+                tick()
+                self._after_step(stage, ended=step + 1 == stage.steps)
 
-    def _advance(self, stage: Stage) -> None:
-        p = self.progress
-        self.progress = replace(p, step=p.step + 1, stage_step=p.stage_step + 1, tokens=p.tokens + stage.batch_tokens)
+    def _step(self, stage: Stage, step: int, sampler: Sampler) -> None:
+        """One optimizer step, and its line."""
+        begin = time.perf_counter()
+        before = sampler.bookmarks
+        rows = [to_row(next(sampler).row, self.session) for _ in range(stage.rows // self.session.groups.data.size())]
+        rate = learning_rate(stage, step)
+        report = self.trainer.step(rows, rate)
+        p, after = self.progress, sampler.bookmarks
+        self.progress = replace(p, step=p.step + 1, stage_step=p.stage_step + 1, tokens=p.tokens + stage.batch_tokens, sources=after)
+        self._write_step(stage, report, rate, time.perf_counter() - begin, self._data_figures(stage, before, after))
+
+    def _data_figures(self, stage: Stage, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
+        """What the step's rows held of documents, and what the run has taken of each source so far."""
+        pairs = [(before[name], after[name]) for name in after]
+        return {
+            "packing_efficiency": sum(b.tokens - a.tokens for a, b in pairs) / stage.batch_tokens,
+            "split_documents": sum(b.split - a.split for a, b in pairs),
+            "sources": {name: bookmark.tokens for name, bookmark in after.items()},
+            "epochs": {name: bookmark.tokens / self.data.sources[name].token_count for name, bookmark in after.items()},
+        }
 
     def _after_step(self, stage: Stage, *, ended: bool) -> None:
         """Validation and checkpoint where they are due; at a stage's end the next one's turn comes."""
@@ -131,7 +146,8 @@ class _Run:
         if ended or last or step % self.plan.validation.every_steps == 0:
             self._validate(stage)
         if ended:
-            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0)
+            sources = {name: bookmark.next_stage() for name, bookmark in self.progress.sources.items()}
+            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources)
         if ended or last or step % self.plan.checkpoints.every_steps == 0:
             self._save(stage, ended=ended)
 
@@ -148,7 +164,7 @@ class _Run:
             precision=self.plan.precision,
             progress=self.progress,
             optimizer_steps=optimizer_steps(optimizer),
-            data_fingerprint=self.train_data.fingerprint,
+            data_fingerprints=self.data.fingerprints,
             stage_end=ended,
         )
         save(
@@ -178,7 +194,7 @@ class _Run:
             "rope_base": stage.rope_base,
         }
 
-    def _write_step(self, stage: Stage, report: StepReport, rate: float, seconds: float) -> None:
+    def _write_step(self, stage: Stage, report: StepReport, rate: float, seconds: float, data: dict[str, Any]) -> None:
         if self.metrics is not None:
             flops = training_flops(self.plan.model, tokens=stage.batch_tokens, squares=report.squares)
             figures = {
@@ -190,6 +206,7 @@ class _Run:
                 "tokens_per_second": stage.batch_tokens / seconds,
                 "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
                 "step_seconds": seconds,
+                **data,
                 **routing_figures(report.routing),
             }
             self.metrics.write(self._where(stage) | figures)

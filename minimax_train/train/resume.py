@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data.batches import check_vocabulary
 from data.dataset import TokenDataset
+from data.views import View, of_length
 from minimax_train.checkpoint.commit import remove_leftovers
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import check_architecture, describe, newest_verified, resolve, set_aside, verified_record
@@ -14,6 +15,7 @@ from minimax_train.engine.storage import read_tensors
 from minimax_train.engine.trainer import Trainer
 from minimax_train.plan import Plan
 from minimax_train.train.folder import RunFolder
+from minimax_train.train.stage_rows import planned_epochs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,26 +33,52 @@ class Opening:
         return self.record.progress if self.resumed and self.record else Progress()
 
 
-def open_data(plan: Plan) -> tuple[TokenDataset, TokenDataset]:
-    """Training and held-out tokens, made first where the plan says how; ValueError where they do not fit the model or each other."""
-    if plan.data.prepare == "stdlib" and not Path(plan.data.train + ".json").exists():
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """A run's token files, open."""
+
+    sources: dict[str, View]
+    validation: TokenDataset
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of each source's file; its bounds are in the plan."""
+        return {name: view.dataset.fingerprint for name, view in self.sources.items()}
+
+
+def open_data(plan: Plan) -> RunData:
+    """The plan's sources and held-out tokens, made first where the plan says how.
+
+    ValueError where a file is missing or damaged, no document has a source's length, or they do not fit the model or each other.
+    """
+    data = plan.data
+    if data.prepare == "stdlib" and data.train and not Path(data.train + ".json").exists():
         from data.standard_library import prepare_standard_library
 
-        prepare_standard_library(Path(plan.data.train).parent, vocabulary=plan.model.vocab_size)
-    train, validation = TokenDataset.open(plan.data.train), TokenDataset.open(plan.data.validation)
-    for dataset in (train, validation):
+        prepare_standard_library(Path(data.train).parent, vocabulary=plan.model.vocab_size)
+    files: dict[str, TokenDataset] = {}  # several sources may be parts of one
+    sources = {}
+    for name, source in data.by_name.items():
+        try:
+            files[source.prefix] = files.get(source.prefix) or TokenDataset.open(source.prefix)
+            sources[name] = of_length(files[source.prefix], source.at_least, source.below)
+        except ValueError as error:
+            raise ValueError(f"source {name!r}: {error}") from None
+    validation = TokenDataset.open(data.validation)
+    for dataset in (*files.values(), validation):
         check_vocabulary(dataset, plan.model.vocab_size)
-    if train.sidecar.tokenizer_sha256 != validation.sidecar.tokenizer_sha256:
-        raise ValueError(f"{plan.data.train} and {plan.data.validation} were made with different tokenizers: prepare both with one")
-    return train, validation
+        if dataset.sidecar.tokenizer_sha256 != validation.sidecar.tokenizer_sha256:
+            raise ValueError(f"{dataset.prefix} and {validation.prefix} were made with different tokenizers: prepare both with one")
+    return RunData(sources=sources, validation=validation)
 
 
 def open_run(plan: Plan, folder: RunFolder) -> Opening:
     """Checks everything that can be checked before the model exists. Called by the first rank, for all."""
-    train, _ = open_data(plan)
+    data = open_data(plan)
     start = _start(plan)  # before the folder is touched: bad input leaves nothing behind
     folder.adopt(plan)
     notes = [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
+    notes += planned_epochs(plan, data.sources)
     newest, passed = newest_verified(folder.checkpoints)
     if newest is None:
         if passed:
@@ -58,10 +86,25 @@ def open_run(plan: Plan, folder: RunFolder) -> Opening:
         return Opening(checkpoint=start[0], record=start[1], resumed=False, notes=notes + start[2])
     record = verified_record(newest)
     check_architecture(record, plan.model, newest)
-    if record.data_fingerprint != train.fingerprint:
-        raise ValueError(f"{plan.data.train} changed since {newest} was written: restore it, or start a new run with start.checkpoint")
+    _check_sources(record, data, newest)
     notes += [f"damaged checkpoint {path} ({wrong}) was set aside as {set_aside(path)}" for path, wrong in passed.items()]
     return Opening(checkpoint=newest, record=record, resumed=True, notes=[*notes, f"going on from {newest}"])
+
+
+def _check_sources(record: Record, data: RunData, checkpoint: Path) -> None:
+    """Refuses to go on with other tokens than those the run was reading."""
+    changed = {name for name, fingerprint in data.fingerprints.items() if record.data_fingerprints.get(name) != fingerprint}
+    for name, view in data.sources.items():
+        if name in changed:
+            raise ValueError(
+                f"source {name!r}: {view.dataset.prefix} changed since {checkpoint} was written: restore it, or start a new run with "
+                "start.checkpoint"
+            )
+    if record.progress.step and record.progress.sources.keys() != data.sources.keys():
+        raise ValueError(
+            f"{checkpoint} says where {', '.join(record.progress.sources) or 'no source'} stands, the plan has {', '.join(data.sources)}: "
+            "it was written by another version; start a new run with start.checkpoint"
+        )
 
 
 def _start(plan: Plan) -> tuple[Path | None, Record | None, list[str]]:

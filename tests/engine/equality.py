@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.batches import NOTHING_TO_PREDICT, TrainingRows
+from data.batches import NOTHING_TO_PREDICT
 from data.batches import Row as DataRow
-from data.dataset import TokenDataset
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.engine.session import Session, session
 from minimax_train.model.recompute import Recompute
@@ -25,7 +24,7 @@ from minimax_train.train.rows import to_row
 from parallel.collectives import all_sum
 from parallel.layout import Layout
 from parallel.world import Place
-from tests.support import little_model, little_plan
+from tests.support import LittleRows, little_model, little_plan
 
 STEPS, ROWS = 3, 4
 
@@ -159,7 +158,7 @@ def train_on(
         if load is not None:
             restore(trainer, Opening(checkpoint=load, record=verified_record(load), resumed=True, notes=[]), plan)
             done, steps = STEPS, 1
-        source, data = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64), joined.groups.data
+        source, data = LittleRows(plan.data.train), joined.groups.data
         draw = (lambda sample: packed(packings[sample % len(packings)], sample)) if packings else source.row
 
         def rows(step: int) -> list[Any]:

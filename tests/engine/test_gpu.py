@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.batches import TrainingRows
-from data.dataset import TokenDataset
 from minimax_train.engine.session import Device, session
 from minimax_train.train.rows import to_row
-from tests.support import little_plan
+from tests.support import LittleRows, little_plan
 
 
 def losses(corpus: Path, device: Device) -> list[float]:
@@ -18,7 +16,7 @@ def losses(corpus: Path, device: Device) -> list[float]:
         from minimax_train.engine.trainer import Trainer
 
         trainer = Trainer(plan, joined)
-        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        source = LittleRows(plan.data.train)
         return [trainer.step([to_row(source.row(4 * step + i), joined) for i in range(4)], 2e-3).loss for step in range(4)]
 
 

@@ -6,15 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from data.batches import TrainingRows
-from data.dataset import TokenDataset
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.engine.session import session
 from minimax_train.train.resume import Opening, restore
 from minimax_train.train.rows import to_row
 from parallel.testing import run_ranks
 from parallel.world import Place
-from tests.support import little_plan
+from tests.support import LittleRows, little_plan
 
 
 def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load: Path | None, store: Path | None) -> Any:
@@ -35,7 +33,7 @@ def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load:
             record = verified_record(load)
             restore(trainer, Opening(checkpoint=load, record=record, resumed=True, notes=[]), plan)
             done = record.progress.step
-        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        source = LittleRows(plan.data.train)
         losses, norms = [], []
         for step in range(done, done + steps):
             rows = [to_row(source.row(step * 8 + i), joined) for i in range(place.rank, 8, place.size)]
@@ -93,7 +91,7 @@ def gradient_of_uneven_rows(place: Place, corpus: Path) -> tuple[float, float]:
         from minimax_train.engine.stage import bare, build_stage
         from minimax_train.engine.trainer import Trainer
 
-        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        source = LittleRows(plan.data.train)
         rows = [to_row(source.row(i), joined) for i in range(3)]
         for i, predicted in enumerate((60, 5, 40)):
             labels = rows[i].labels
@@ -130,7 +128,7 @@ def weights_after_an_idle_step(place: Place, corpus: Path, checkpoint: Path) -> 
         trainer = Trainer(plan, joined)
         restore(trainer, Opening(checkpoint=checkpoint, record=verified_record(checkpoint), resumed=False, notes=[]), plan)
         before = {name: p.detach().clone() for name, p in trainer.decoder.named_parameters()}
-        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        source = LittleRows(plan.data.train)
         trainer.step([to_row(source.row(place.rank), joined)], 0.0)
         trainer.settle()
         return before, {name: p.detach().clone() for name, p in trainer.decoder.named_parameters()}

@@ -46,6 +46,7 @@ def metrics() -> list[dict[str, Any]]:
                 | {"tokens_per_second": pace, "mfu": None, "step_seconds": batch / pace}
                 | {"expert_load_max": 1.2 + 2.5 * np.exp(-step / 25) + random.gamma(2, 0.05), "another_key": "kept out"}
                 | {"router": _router(step)}
+                | _sources(number, tokens)
             )
             if i + 1 in (steps // 2, steps):
                 lines.append(_validation(random, step, name, tokens, length, loss + 0.08))
@@ -59,6 +60,15 @@ def _router(step: int) -> dict[str, Any]:
     load_entropy = even - 0.05 - 0.8 * (layer == LAYERS - 1) * (1 - np.exp(-step / 60))
     dropped = np.where(layer == LAYERS - 1, 0.3, 0.04) * np.exp(-step / 80)
     return {"entropy": entropy.tolist(), "load_entropy": load_entropy.tolist(), "load_max": [1.5] * LAYERS, "dropped": dropped.tolist()}
+
+
+def _sources(stage: int, tokens: int) -> dict[str, Any]:
+    """Short documents alone, then by and by long ones; the rows of the last two stages are not quite full."""
+    long = max(0, tokens - 491_520) // 2
+    return {"sources": {"short": tokens - long, "long": long}, "epochs": {"short": (tokens - long) / 4e5, "long": long / 1e6}} | {
+        "packing_efficiency": 1.0 if not stage else 0.993 + 0.001 * (tokens // 8192 % 5),
+        "split_documents": 3 if not stage else 0,
+    }
 
 
 def _validation(random: np.random.Generator, step: int, stage: str, tokens: int, length: int, loss: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, t
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
 from minimax_train.report.router_plot import router_plot
+from minimax_train.report.source_plot import source_plot
 from minimax_train.report.summary import summarize
 from minimax_train.report.words import binary, brief, change, decimal, duration, nats
 
@@ -73,6 +74,41 @@ def test_run_without_one_finite_value_is_still_drawn(make_run: MakeRun, syntheti
     for plot in (loss_plot(record, summary), expert_plot(record), throughput_plot(record, summary), optimizer_plot(record)):
         assert plot.figure is not None
         assert png(plot.figure).startswith(b"\x89PNG")
+
+
+def test_source_plot_shows_shares_and_tokens(record: Record) -> None:
+    """Areas that fill the whole height, whose share of long documents rises from none to a half; lines that end at the last figures."""
+    plot = source_plot(record)
+    shares, taken, packing = _axes(plot.figure)
+    short, long = (next(p for p in shares.patches if p.get_label() == name).get_data() for name in ("short", "long"))
+    assert (short.values >= 0).all()
+    assert np.allclose(long.values, 1)
+    assert np.array_equal(short.values, long.baseline)
+    assert short.values[0] == 1
+    assert short.values[-1] == pytest.approx(0.5)
+    assert (short.edges[0], short.edges[-1]) == (0, 1_146_880)
+    assert record.sources is not None
+    assert [line.get_ydata()[-1] for line in taken.lines if line.get_label() in ("short", "long")] == record.sources.tokens[-1].tolist()
+    assert packing.get_ylim()[0] < 0.993 < 1 < packing.get_ylim()[1]
+    assert "short 819,200 tokens (2.05 epochs), long 327,680 tokens (0.328 epochs)" in plot.caption
+    assert "360 documents were split" in plot.caption
+
+
+def test_runs_without_sources_say_so(make_run: MakeRun, synthetic: Any) -> None:
+    lines = [{key: value for key, value in line.items() if key != "sources"} for line in synthetic.metrics()]
+    plot = source_plot(read_record(make_run(lines=lines)))
+    assert plot.figure is None
+    assert "no line of metrics.jsonl says" in plot.absent
+
+
+@pytest.mark.parametrize(
+    "change", [{"sources": 3}, {"epochs": {"short": 1}}, {"sources": {"short": -1, "long": 0}}, {"split_documents": None}]
+)
+def test_broken_source_figures_are_refused(make_run: MakeRun, synthetic: Any, change: dict[str, Any]) -> None:
+    lines = synthetic.metrics()
+    next(line for line in lines if "loss" in line).update(change)
+    with pytest.raises(ValueError, match="'sources' and 'epochs' must hold a count by source"):
+        read_record(make_run(lines=lines))
 
 
 def test_position_plot_marks_the_previous_length(record: Record) -> None:
