@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minimax_train.kernels import best_lightning_backend, lightning_attention, lightning_triton
+from minimax_train.kernels import best_lightning_backend, lightning_attention, lightning_triton, lightning_triton_kernels
 from minimax_train.kernels.lightning_triton import Tiles, segment_length, tiles
 from minimax_train.model.lightning import decay_slopes
 
@@ -79,7 +79,7 @@ def test_against_definition(lengths: list[int], length: int, device: str) -> Non
 
 @pytest.mark.usefixtures("poison")
 def test_slow_decay_over_many_segments(device: str) -> None:
-    """Nineteen segments of one document and three of the next, of 16 tokens: a state that is lost, or decayed too much, between two is seen.
+    """Nineteen segments of one document and three of the next, of 16 tokens: a state that is lost or decayed too much between two is seen.
 
     The scan loads SCAN_AHEAD states at a time; here it turns three times for the first document, forwards and backwards.
     """
@@ -109,9 +109,10 @@ def test_heads_of_128(device: str) -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("size", [64, 128])
 def test_fp16(size: int, device: str) -> None:
-    """Where a factor of a product is rounded to 16 bits; bf16 goes the same way. Slope 0 gathers 200 tokens."""
-    p = problem([140, 60], size, device, torch.float16)
-    agree(ours(p, [140, 60], 128, tiles(size, torch.float16)), truth(p, [140, 60]), tolerance=2e-3)
+    """Where a factor of a product is rounded to 16 bits; bf16 goes the same way. Slope 0 gathers 140 tokens."""
+    lengths, slopes = [140, 20], SLOPES[[0, 3]]
+    p = problem(lengths, size, device, torch.float16, heads=2)
+    agree(ours(p, lengths, 128, tiles(size, torch.float16), slopes), truth(p, lengths, slopes), tolerance=2e-3, slopes=slopes)
 
 
 @pytest.mark.usefixtures("poison")
@@ -137,25 +138,29 @@ def test_no_tokens(device: str) -> None:
 
 
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tokens=st.integers(1, 200), data=st.data())
-def test_splitting_anywhere_and_passing_the_state_on(device: str, tokens: int, data: st.DataObject) -> None:
-    split = data.draw(st.integers(0, tokens))
-    g = torch.Generator().manual_seed(tokens)
-    q, k, v = (torch.randn(tokens, 4, 64, generator=g).to(device) for _ in range(3))
+@given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=3).filter(any), head=st.integers(0, 3), data=st.data())
+def test_splitting_anywhere_and_passing_the_state_on(device: str, lengths: list[int], head: int, data: st.DataObject) -> None:
+    """Several documents, cut anywhere in one of them: o, the end states and every gradient are the whole row's."""
+    n = data.draw(st.integers(0, len(lengths) - 1))
+    split = data.draw(st.integers(0, lengths[n]))
+    at, slopes = sum(lengths[:n]) + split, SLOPES[head : head + 1].to(device)
+    p = problem(lengths, 64, device, heads=1)
+    qkv, do, initial, dfinal = p["qkv"].requires_grad_(), p["do"], p["initial"].requires_grad_(), p["dfinal"]
 
-    def call(part: slice, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-        parts = [x[part].contiguous() for x in (q, k, v)]
+    def call(part: slice, tokens: list[int], states: Tensor) -> tuple[Tensor, Tensor]:
         o, final = lightning_triton.lightning_attention(
-            *parts, SLOPES.to(device), starts([len(parts[0])], device), initial, rows=1, final=True, length=64, layout=LAYOUT
+            *qkv[part].unbind(2), slopes, starts(tokens, device), states, rows=1, final=True, length=24, layout=LAYOUT
         )
         assert final is not None
         return o, final
 
-    whole, end = call(slice(None), None)
-    head, state = call(slice(split), None)
-    tail, last = call(slice(split, None), state)
-    assert relative(torch.cat((head, tail)), whole) < 1e-5
-    assert relative(last, end) < 1e-5
+    def with_gradients(o: Tensor, final: Tensor) -> list[Tensor]:
+        return [o, final, *torch.autograd.grad([o, final], [qkv, initial], [do, dfinal])]
+
+    whole = with_gradients(*call(slice(None), lengths, initial))
+    head_o, before = call(slice(at), [*lengths[:n], split], initial[: n + 1])
+    tail_o, behind = call(slice(at, None), [lengths[n] - split, *lengths[n + 1 :]], torch.cat((before[n:], initial[n + 1 :])))
+    agree(with_gradients(torch.cat((head_o, tail_o)), torch.cat((before[:n], behind))), whole, slopes=slopes)
 
 
 def test_steps_apart(device: str) -> None:
@@ -191,24 +196,45 @@ def test_steps_apart(device: str) -> None:
     assert relative(dqkv, exact[2]) < 1e-5
 
 
-def test_offsets_beyond_32_bits(device: str) -> None:
-    """Tokens 2^19 numbers apart: token 4,096 lies 2^31 numbers behind the first. The memory between is never touched."""
-    apart, tokens = 1 << 19, 4160
-    memory = torch.empty(apart * (tokens - 1) + 3 * 64, dtype=torch.float16, device=device)
-    qkv = memory.as_strided((tokens, 1, 3, 64), (apart, 3 * 64, 64, 1))
-    qkv.copy_(torch.randn(tokens, 1, 3, 64, generator=torch.Generator().manual_seed(0)))
-    slopes = torch.tensor([0.05])
-    o, _ = lightning_triton.lightning_attention(
-        *qkv.unbind(2), slopes.to(device), starts([tokens], device), None, rows=1, final=False, length=2048, layout=LAYOUT
-    )
-    q, k, v = qkv[3600:].cpu().double()[None].unbind(3)  # 496 tokens before 4,096: what lies further back has decayed by e^-24
-    exact, _ = lightning_attention(q, k, v, slopes, backend="cpu")
-    assert relative(o[4096:], exact[0, 496:]) < 2e-3
+FAR = 1 << 26
+"""Numbers: 32 times as many are 2^31."""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "apart", "length"),
+    [(34, 1, (FAR, 512), WHOLE), (34, 1, (FAR, 512), 32), (2, 34, (512, FAR), 1)],
+    ids=["inside a tile", "where a segment starts", "heads"],
+)
+def test_offsets_beyond_32_bits(tokens: int, heads: int, apart: tuple[int, int], length: int, device: str) -> None:
+    """Tokens, or heads, 2^26 numbers apart, of everything that is read or written: the last two lie 2^31 behind the first.
+
+    q, k, v, do, o, dq, dk, dv lie side by side in one memory; what is between their rows is never touched.
+    """
+    last = (tokens - 1) * apart[0] + (heads - 1) * apart[1]
+    memory = torch.empty(last + 8 * 64, dtype=torch.float16, device=device)
+    places = memory.as_strided((tokens, heads, 8, 64), (*apart, 64, 1))
+    q, k, v, do, o, dq, dk, dv = places.unbind(2)
+    places[:, :, :4] = torch.randn(tokens, heads, 4, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.float16)
+    slopes, initial = torch.linspace(0.05, 0.2, heads), torch.zeros(1, heads, 64, 64)
+    there, cut = slopes.to(device), lightning_triton.cut_row(starts([tokens], device), tokens, length)
+    slots, _ = lightning_triton.local_states(k, v, there, cut, LAYOUT, ends=False)
+    dslots, _ = lightning_triton.local_states(q, do, there, cut, LAYOUT, ends=False, reverse=True)
+    lightning_triton_kernels.outputs[(len(cut.segments) * heads,)](  # lightning_triton.outputs makes o itself, dense
+        q, k, v, o, there, cut.segments, slots, slots, heads, *q.stride()[:2], stride_ot=o.stride(0), stride_oh=o.stride(1),
+        D=64, DK=64, BV=64, C=64, SLOTS=cut.slots > 0, INITIAL=False, num_warps=LAYOUT.warps, num_stages=LAYOUT.stages,
+    )  # fmt: skip
+    lightning_triton.query_gradient((q, k, v), do, there, cut, LAYOUT, slots, None, dq)
+    lightning_triton.key_value_gradient((q, k, v), do, there, cut, LAYOUT, dslots, None, dk, dv)
+    exact = truth({"qkv": places[:, :, :3], "do": do, "initial": initial, "dfinal": initial}, [tokens], slopes)
+    assert relative(o, exact[0]) < 2e-3
+    for name, ours, theirs in zip("qkv", (dq, dk, dv), exact[2].unbind(2), strict=True):
+        assert relative(ours, theirs) < 2e-3, f"d{name}"
 
 
 @pytest.mark.usefixtures("poison")
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12), length=st.integers(1, 20))
+@example(lengths=[2, 0, 1] * 100 + [300], length=1)  # 256 at a time: documents before one, segments of one, unused rows
 def test_table_of_segments(device: str, lengths: list[int], length: int) -> None:
     """Every token in one segment, segments inside documents, a slot between two neighbours and nowhere else."""
     cut = lightning_triton.cut_row(starts(lengths, device), sum(lengths), length)
