@@ -196,17 +196,16 @@ def test_steps_apart(device: str) -> None:
     assert relative(dqkv, exact[2]) < 1e-5
 
 
-FAR = 1 << 26
-"""Numbers: 32 times as many are 2^31."""
+FAR = 1 << 30  # numbers; twice as many are one more than 32 bits count
 
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "apart", "length"),
-    [(34, 1, (FAR, 512), WHOLE), (34, 1, (FAR, 512), 32), (2, 34, (512, FAR), 1)],
+    [(3, 1, (FAR, 512), WHOLE), (3, 1, (FAR, 512), 2), (2, 3, (512, FAR), 1)],
     ids=["inside a tile", "where a segment starts", "heads"],
 )
 def test_offsets_beyond_32_bits(tokens: int, heads: int, apart: tuple[int, int], length: int, device: str) -> None:
-    """Tokens, or heads, 2^26 numbers apart, of everything that is read or written: the last two lie 2^31 behind the first.
+    """Tokens, or heads, 2^30 numbers apart, of everything that is read or written: the last lies 2^31 behind the first.
 
     q, k, v, do, o, dq, dk, dv lie side by side in one memory; what is between their rows is never touched.
     """
