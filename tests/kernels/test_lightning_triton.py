@@ -85,16 +85,17 @@ def test_slow_decay_over_many_segments(device: str) -> None:
     """
     lengths, length = [300, 1, 40], 16
     assert lengths[0] // length > 2 * lightning_triton.SCAN_AHEAD
-    p = problem(lengths, 64, device)
-    agree(ours(p, lengths, length, LAYOUT), truth(p, lengths))
+    slopes = SLOPES[[1, 2]]
+    p = problem(lengths, 64, device, heads=2)
+    agree(ours(p, lengths, length, LAYOUT, slopes), truth(p, lengths, slopes), slopes=slopes)
 
 
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("size", "lengths"), [(64, [35, 1, 18]), (128, [20, 1])], ids=str)
 def test_layout_of_fp32(size: int, lengths: list[int], device: str) -> None:
-    """Tiles of 16 tokens in segments of 32, or of 18: two heads, short rows; there are 16 to 64 products where a GPU's bf16 has one."""
-    slopes = SLOPES[[1, 3]]
-    p = problem(lengths, size, device, heads=2)
+    """Tiles of 16 tokens in segments of 32, or of 18: one head, short rows; there are 16 to 64 products where a GPU's bf16 has one."""
+    slopes = SLOPES[[1]]
+    p = problem(lengths, size, device, heads=1)
     length = 32 if size == 64 else 18
     agree(ours(p, lengths, length, tiles(size, torch.float32), slopes), truth(p, lengths, slopes), slopes=slopes)
 
@@ -231,7 +232,7 @@ def test_offsets_beyond_32_bits(tokens: int, heads: int, apart: tuple[int, int],
 
 
 @pytest.mark.usefixtures("poison")
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12), length=st.integers(1, 20))
 @example(lengths=[2, 0, 1] * 100 + [300], length=1)  # 256 at a time: documents before one, segments of one, unused rows
 def test_table_of_segments(device: str, lengths: list[int], length: int) -> None:

@@ -29,6 +29,7 @@ def test_no_kernel_spills() -> None:
     assert kinds == {"lightning steps", "lightning_attention", "gated norm", "rotary", "cross-entropy"}
     products = [row for row in rows if row["kernel"] in ("segment_states", "outputs", "query_gradient", "key_value_gradient")]
     assert all((row["HGMMA"] > 0) == ("fp32" not in row["operator"]) and row["TF32"] == 0 for row in products)
+    assert operators >= {f"lightning steps, D {size}, fp16" for size in (64, 128)}
     for size, dtype in itertools.product((64, 128), ("bf16", "fp32")):
         every_form_of_the_steps([row for row in rows if row["operator"] == f"lightning steps, D {size}, {dtype}"], size)
 
