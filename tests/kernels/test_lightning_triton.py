@@ -209,6 +209,7 @@ def test_offsets_beyond_32_bits(tokens: int, heads: int, apart: tuple[int, int],
     """Tokens, or heads, 2^30 numbers apart, of everything that is read or written: the last lies 2^31 behind the first.
 
     q, k, v, do, o, dq, dk, dv lie side by side in one memory; what is between their rows is never touched.
+    An offset of 32 bits points outside of it: interpreted, the process dies here, and the trace names this test.
     """
     last = (tokens - 1) * apart[0] + (heads - 1) * apart[1]
     memory = torch.empty(last + 8 * 64, dtype=torch.float16, device=device)
