@@ -27,17 +27,18 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: setup
-	$(BIN)/python benchmarks/lightning_cpu.py
-	$(BIN)/python benchmarks/lightning_layer.py
-	$(BIN)/python benchmarks/tiny_step.py
-	$(BIN)/python benchmarks/context_bytes.py
-	$(BIN)/python benchmarks/context_trace.py
-	$(BIN)/python benchmarks/long_context.py
-	$(BIN)/python benchmarks/expert_overlap.py
-	$(BIN)/python benchmarks/data_rows.py
+# Runs every command given, says which of them failed (a benchmark fails where a target is missed), and fails if any did.
+define each
+@failed=; for command in $(1); do echo "$$command"; $$command || failed="$$failed [$$command: $$?]"; done; \
+if test -n "$$failed"; then echo "failed, or missed a target:$$failed"; exit 1; fi
+endef
 
+BENCHMARKS := lightning_cpu lightning_layer tiny_step context_bytes context_trace long_context expert_overlap data_rows data_prepare
+
+bench: setup
+	$(call each,$(foreach name,$(BENCHMARKS),'$(BIN)/python benchmarks/$(name).py'))
+
+# At most 90 + 250 + 130 seconds, and 2 for each to die: under 8 minutes whatever hangs. lightning_gpu.py ends by itself before, with what it has.
 bench-gpu: setup
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/lightning_gpu.py
-	$(BIN)/python benchmarks/experts_gpu.py
+	$(call each,'timeout -k 2 90 $(BIN)/python -m pytest -m gpu' 'timeout -k 2 250 $(BIN)/python benchmarks/lightning_gpu.py --minutes 3.5' \
+	'timeout -k 2 130 $(BIN)/python benchmarks/experts_gpu.py')

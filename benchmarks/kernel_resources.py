@@ -170,14 +170,19 @@ def neighbours(dtype: torch.dtype, tokens: int) -> Iterator[Launch]:
 
 
 def all_launches() -> Iterator[Launch]:
+    """The model's steps in every form at 8 heads; elsewhere the barest and the fullest: what differs is a stride."""
     lengths = (None, TOKENS)  # of a segment: by the rule, with states between segments; and a single pass, without
-    for size, length in itertools.product(lightning_triton.HEAD_SIZES, lengths):
-        for dtype, heads in itertools.product((torch.bfloat16, torch.float32), (64, HEADS, 1)):
-            for documents, cut in itertools.product((1, 3), (False, True)):
-                yield from steps(size, dtype, heads=heads, documents=documents, cut=cut, length=length)
-        for dtype, heads in itertools.product((torch.bfloat16, torch.float32), (HEADS, 1)):
-            yield from attention(size, dtype, heads=heads, length=length)
-        yield from attention(size, torch.float16, heads=HEADS, length=length)
+    for size, dtype in itertools.product(lightning_triton.HEAD_SIZES, (torch.bfloat16, torch.float32)):
+        for length, cut in itertools.product(lengths, (False, True)):
+            yield from steps(size, dtype, heads=HEADS, documents=3, cut=cut, length=length)
+        for heads in (64, 1):
+            yield from steps(size, dtype, heads=heads, documents=1, cut=False, length=TOKENS)
+            yield from steps(size, dtype, heads=heads, documents=1, cut=True, length=None)
+        yield from attention(size, dtype, heads=HEADS, length=None)
+    for size in lightning_triton.HEAD_SIZES:
+        yield from steps(size, torch.float16, heads=HEADS, documents=3, cut=True, length=None)
+        yield from attention(size, torch.float16, heads=HEADS, length=None)
+        yield from attention(size, torch.bfloat16, heads=1, length=TOKENS)
     for dtype in (torch.bfloat16, torch.float32):
         for tokens in (1, TOKENS):
             yield from neighbours(dtype, tokens)

@@ -5,7 +5,7 @@
 B 1, 8 heads of 64. "Products alone" are the batched products of the operator's forward and backward with its chunk size, over inputs
 that lie chunk by chunk and into outputs that exist: no decay, no scan, no copy, no allocation. They are done as many tokens at once as is
 fastest for them, and counted: both sides do the same FLOPs. Extra memory: how far one call raises the peak of a fresh process that holds
-the inputs, results and gradients included. Writes benchmarks/results/lightning_cpu.{json,md}.
+the inputs, results and gradients included. Writes benchmarks/results/lightning_cpu.{json,md}, then ends with 1 where a target is missed.
 """
 
 import argparse
@@ -32,6 +32,7 @@ TARGETS = {"fp32": 1.6, "bf16": 2.5}
 TARGET_LENGTHS = (4096, 8192, 16_384)
 LENGTHS = (*TARGET_LENGTHS, 32_768, 65_536)
 MOST_SLOPE = 1.15
+FURTHEST_OFF = 0.1  # that extra memory at any length may lie off a straight line
 BLOCKS = (128, 256, 512, 1024)  # tokens at once that are tried for the products alone, besides the whole sequence
 
 
@@ -168,6 +169,21 @@ def table(rows: list[dict[str, Any]], fitted: dict[str, dict[str, float]], facts
     return "\n".join(lines) + "\n"
 
 
+def missed(rows: list[dict[str, Any]], fitted: dict[str, dict[str, float]]) -> list[str]:
+    """Every target that does not hold, in words."""
+    wrong = [
+        f"{r['precision']}, {r['tokens']:,} tokens: {r['ratio']:.2f}x its products (wanted: {TARGETS[r['precision']]})"
+        for r in rows
+        if r["tokens"] in TARGET_LENGTHS and r["ratio"] > TARGETS[r["precision"]]
+    ]
+    for precision, fit in fitted.items():
+        if fit["time_slope"] > MOST_SLOPE:
+            wrong.append(f"{precision}: log-log slope of the time {fit['time_slope']:.3f} (wanted: at most {MOST_SLOPE})")
+        if fit["furthest_off"] > FURTHEST_OFF:
+            wrong.append(f"{precision}: extra memory {fit['furthest_off']:.0%} off a straight line (wanted: at most {FURTHEST_OFF:.0%})")
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="4K and 8K only, nothing written")
@@ -185,7 +201,10 @@ def main() -> int:
         results = Path(__file__).parent / "results"
         (results / "lightning_cpu.json").write_text(json.dumps({"machine": facts, "rows": rows, "fits": fitted}, indent=1) + "\n")
         (results / "lightning_cpu.md").write_text(table(rows, fitted, facts))
-    return 0
+    wrong = missed(rows, {} if quick else fitted)
+    for line in wrong:
+        print(f"MISSED: {line}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

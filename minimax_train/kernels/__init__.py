@@ -39,6 +39,8 @@ def lightning_attention(
 
     Returns o `[B, T, H, D]` in q's dtype and the state after each document's last token `[N, H, D, D]`, state[d_k, d_v].
     States and decays are fp32 whatever q's dtype, except fp64 where q is fp64 (so that gradients can be checked numerically).
+    "triton" rounds a state to q's dtype where it is a factor of a product. fp16 ends at 65,504: where nothing decays, 200K tokens of
+    positive inputs add up to more, and o and the gradients are inf or NaN. Take bf16 or fp32 for slow decays over long documents.
     Gradients flow to q, k, v and initial_state, from both results.
     Raises ValueError where shapes, dtypes or cu_seqlens do not fit, or for a backend that is not here.
     """

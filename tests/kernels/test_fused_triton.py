@@ -40,7 +40,7 @@ def norm_results(inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-@pytest.mark.parametrize(("rows", "channels"), [(1, 48), (7, 96), (600, 64), (33, 1000), (2, 8192)])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 48), (7, 96), (70, 64), (33, 1000), (2, 8192)])
 def test_gated_norm(rows: int, channels: int, device: str) -> None:
     *inputs, dy = norm_inputs(rows, channels, device)
     for a, b in zip(norm_results(inputs, dy), norm_truth(*inputs, dy), strict=True):

@@ -62,6 +62,8 @@ CASES = {
     "fast decay": Case(lengths=[320, 20], ranks=halves(0, 150, 340), slopes=FAST),
 }  # fmt: skip
 
+ONE_PASS = ("one rank", "documents, cuts anywhere", "zigzag, three ranks")  # nothing, and one or two documents, enter and leave
+
 
 def local_documents(case: Case, runs: list[Run], device: str) -> LocalDocuments:
     """Documents cut to the runs; what enters run i has slot i, what leaves it slot i from the end."""
@@ -183,10 +185,18 @@ def test_any_zigzag(lengths: list[int], ranks: int, data: st.DataObject) -> None
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # slope 30: what a mask then leaves out
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("length", [48, None], ids=["segments", "single pass"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        *(pytest.param(name, 48, id=f"{name}-segments") for name in CASES),
+        *(pytest.param(name, None, id=f"{name}-single pass", marks=() if name in ONE_PASS else pytest.mark.slow) for name in CASES),
+    ],
+)
 def test_triton(name: str, length: int | None, device: str) -> None:
-    """Several segments a document, and by the rule, which here is one."""
+    """Several segments a document, and by the rule, which here is one.
+
+    Slow: rows in a single pass whose documents enter and leave as those of ONE_PASS do; the interpreter takes seconds for each.
+    """
     case = CASES[name]
     qkv, do = problem(case, 64, torch.float32, device)
     local = [local_documents(case, runs, device) for runs in case.ranks]
