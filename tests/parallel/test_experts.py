@@ -1,6 +1,6 @@
 """Experts over ranks against all experts on all tokens, to the byte on the wire and in every order of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -119,7 +119,7 @@ def over_ranks(place: Place, layout: Layout, backend: str, late: bool = False, d
                 channel.bytes.clear()
             expert = routing(place.rank)
             multiple = 8 if backend == "grouped" else 1
-            journey = plan_journey(expert, EXPERTS, groups, token_groups=layout.token_groups, multiple=multiple)
+            journey = plan_journey(expert, EXPERTS, groups, token_groups=layout.token_groups, multiple=multiple).finish()
             rows = x[journey.order // CHOICES][: journey.rows]
             out = experts_over_ranks(rows, tuple(mine), SwiGLU(backend=backend), journey, groups)
             out = F.pad(out, (0, 0, 0, len(journey.order) - journey.rows))
@@ -231,6 +231,13 @@ class _Telling:
         result: Tensor = self.pending.finish()
         return result
 
+    def then(self, following: Callable[[Tensor], Any]) -> Any:
+        def noted(arrived: Tensor) -> Any:
+            self.log.append(self.line)
+            return following(arrived)
+
+        return self.pending.then(noted)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToldSwiGLU(SwiGLU):
@@ -259,7 +266,7 @@ def told(place: Place, layout: Layout) -> tuple[list[str], int, int]:
         accumulators = [weight.expand_as(weight).grad_fn.next_functions[0][0] for weight in mine]  # type: ignore[union-attr]
         for accumulator in accumulators:  # what DDP hooks
             accumulator.register_hook(lambda *_: times.append(1))
-        journey = plan_journey(even(place.rank), EXPERTS, groups, token_groups=layout.token_groups)
+        journey = plan_journey(even(place.rank), EXPERTS, groups, token_groups=layout.token_groups).finish()
         rows = inputs(place.rank)[0][journey.order // CHOICES].requires_grad_()
         experts_over_ranks(rows, tuple(mine), ToldSwiGLU(backend="loop", log=log), journey, groups).sum().backward()
         return log, len(times), joined.groups.expert_block.calls["counts"]
@@ -300,7 +307,7 @@ def chosen_groups(place: Place) -> list[int]:
         made = []
         for rows in (4 * 512 * 2, 4 * 512 * 2 - 2, 2 * 512 * 2, 2 * 512 * 2 - 2):
             mine = rows // 2 - 100 if place.rank else rows - (rows // 2 - 100)  # uneven, and each alone would choose otherwise
-            journey = plan_journey(torch.arange(mine)[:, None] % 2, 2, joined.groups)
+            journey = plan_journey(torch.arange(mine)[:, None] % 2, 2, joined.groups).finish()
             assert sum(sum(trip.send) for trip in journey.trips) == mine
             made.append(len(journey.trips))
         return made
