@@ -120,8 +120,8 @@ def _product(a: Tensor, b: Tensor, bounds: Bounds) -> Tensor:
 
 
 def _transformer_engine(layout: str, a: list[Tensor], rows: Tensor, result: Tensor, bounds: Bounds) -> Tensor:
-    """Fills `result`, [R, ...] or of each expert, with products of each expert's a and rows. BLAS's letters, read by columns: "TN" rows a^T,
-    "NN" rows a, "NT" rows^T a."""
+    """Fills `result` with products of each expert's `a` and rows; in BLAS's letters, read by columns, "TN" is rows a^T, "NN" rows a, and
+    "NT" rows^T a, one for each expert."""
     from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
 
     experts = len(bounds.counts)
