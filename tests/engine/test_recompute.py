@@ -162,8 +162,11 @@ def exchanged(place: Place, recompute: Recompute) -> tuple[dict[str, int], dict[
 
 
 def test_the_journey_of_the_rows_is_kept() -> None:
-    """Rows travel again; how many go where was counted once."""
-    once, twice = (run_ranks(2, exchanged, recompute) for recompute in ("none", "full"))
+    """Run twice, rows travel again; how many go where was counted once. Selective: the experts' products alone are made again."""
+    once, selective, twice = (run_ranks(2, exchanged, recompute) for recompute in ("none", "selective", "full"))
+    for one, other in zip(once, selective, strict=True):
+        assert one[:2] == other[:2]
+        assert all(torch.equal(other[2][name], gradient) for name, gradient in one[2].items())
     for (counts, rows, gradients), (counts_again, rows_again, same_gradients) in zip(once, twice, strict=True):
         assert counts == counts_again == {"counts": 8}
         back = {"dispatch gradients": 2 * 8, "combine gradients": 2 * 8}
