@@ -142,7 +142,7 @@ class Layer:
 
     @classmethod
     def of(cls, case: Case, groups: Groups, compute: SwiGLU) -> "Layer":
-        journey = plan_journey(case.chosen(groups.rank), EXPERTS, groups, token_groups=case.groups)
+        journey = plan_journey(case.chosen(groups.rank), EXPERTS, groups, token_groups=case.groups).finish()
         mine, width = EXPERTS // case.expert, case.width // case.slices
         shapes = ((mine, 2 * width, case.hidden), (mine, case.hidden, width))
         rows = torch.randn(journey.rows, case.hidden, requires_grad=True)

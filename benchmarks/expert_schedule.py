@@ -3,10 +3,11 @@
 `record` runs the real forward and backward with stand-ins for channels and experts that note what they are told. `play` gives each noted
 exchange and product a duration and plays them: one compute stream, one stream for each channel, all serial, and a host that is never the
 slowest. An exchange starts when its stream is free and what it sends is computed; where it is finished the compute stream waits for it.
+What follows an exchange by `then` (parallel/collectives.py) does so on a stream of that exchange's channel, and compute waits for neither.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -25,7 +26,8 @@ ROWS = 4
 class Event:
     """What the code did next."""
 
-    kind: Literal["begin", "finish", "work"]
+    kind: Literal["begin", "finish", "work", "join"]
+    """join: compute waits for `waits`, which began nothing."""
     name: str
     """Of the exchange, or of the product."""
     number: int
@@ -33,6 +35,8 @@ class Event:
     stream: str
     rows: int = 0
     """That a begin sends to others, or that work computes."""
+    waits: str = COMPUTE
+    """The stream that a finish makes wait, and that a begin waits for."""
 
 
 class Recorder:
@@ -41,10 +45,9 @@ class Recorder:
     def __init__(self, stream: str, size: int, log: list[Event]) -> None:
         self.stream, self.rank, self.size, self.log = stream, 0, size, log
 
-    def note(self, kind: Any, name: str, rows: int = 0) -> int:
+    def note(self, kind: Any, name: str, rows: int = 0) -> None:
         number = sum(e.kind == kind and e.name == name for e in self.log)
         self.log.append(Event(kind=kind, name=name, number=number, stream=self.stream, rows=rows))
-        return number
 
     def begin_all_gather(self, x: Tensor, name: str) -> Any:
         return self._begin(x.new_zeros((self.size, *x.shape)), name, len(x) * (self.size - 1))
@@ -61,7 +64,23 @@ class Recorder:
                 self.note("finish", name)
             return result
 
-        return SimpleNamespace(finish=finish)
+        def then(following: Callable[[Tensor], Any]) -> Any:
+            start = len(self.log)
+            pending = following(finish())
+            if self.size == 1:
+                return pending
+            self.log[start:] = [replace(event, waits=f"after {self.stream}") for event in self.log[start:]]
+            if self.log[-1].kind == "begin":
+                return pending  # whoever finishes it has waited for all
+
+            def join() -> Tensor:
+                self.log.append(Event(kind="join", name="", number=0, stream=COMPUTE, waits=f"after {self.stream}"))
+                arrived: Tensor = pending.finish()
+                return arrived
+
+            return SimpleNamespace(finish=join)
+
+        return SimpleNamespace(finish=finish, then=then)
 
 
 class Products:
@@ -144,10 +163,13 @@ def play(events: Sequence[Event], costs: Costs) -> Played:
     bars = []
     for event in events:
         key = event.name, event.number
-        if event.kind == "finish":
-            free[COMPUTE] = max(free[COMPUTE], ends.pop(key))
+        if event.kind == "join":
+            free[COMPUTE] = max(free[COMPUTE], free[event.waits])
             continue
-        start = max(free[COMPUTE], free.get(event.stream, 0.0))
+        if event.kind == "finish":
+            free[event.waits] = max(free.get(event.waits, 0.0), ends.pop(key))
+            continue
+        start = max(free.get(event.waits, 0.0), free.get(event.stream, 0.0))
         free[event.stream] = start + event.rows * per_row[event.stream]
         bars.append(Bar(event=event, start=start, end=free[event.stream]))
         if event.kind == "begin":

@@ -38,10 +38,9 @@ def _played(shares: Sequence[Any]) -> list[str]:
     return [
         *lines,
         "",
-        "Checked: at least 0.9 of the bound wherever the exchange is no longer than the compute and, with both kinds of ranks, "
-        "expert-tensor ranks (ETP) take at least half of it. Below that the forward pass falls short: the compute stream waits for the "
-        "second group's dispatch, in order to gather it, before it computes the first, and only the first gather lies beside that "
-        "dispatch; the last scatter and the combine before it mirror this.",
+        "Checked: at least 0.9 of the bound wherever the exchange is no longer than the compute, whatever share of it expert-tensor ranks "
+        "(ETP) take. That needs the streams beside compute on which a gather follows its dispatch and a combine its scatter: where the "
+        "thread itself waits, on a CPU, the second group's dispatch is over before the first group computes.",
     ]
 
 

@@ -6,6 +6,7 @@ Units: lengths and batches in tokens, learning rates per step, RoPE bases withou
 from dataclasses import dataclass, field
 from typing import Literal
 
+from minimax_train.kernels.grouped_linear import Asked
 from minimax_train.limits import at_least
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.recompute import Recompute
@@ -173,6 +174,8 @@ class Plan:
     precision: Precision = "bf16"
     fp32_head: bool = False
     """Multiply the LM head in fp32, as MiniMax-M1 does for its RL (arXiv 2506.13585 section 3.2)."""
+    experts_backend: Asked = "auto"
+    """Form of the experts' products: loop, grouped (torch's), te (Transformer Engine's), or auto, the better of the first two."""
     auxiliary_loss: float = 0.01
     """Coefficient of the router's balancing loss, which is 1 per layer at balance. Ours: MiniMax's 0.01 multiplies another form."""
     router: RouterOptions = field(default_factory=RouterOptions)

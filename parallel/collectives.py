@@ -14,13 +14,26 @@ T = TypeVar("T")
 
 class Pending:
     """An exchange that was begun; `finish` returns what arrived. Call it once, where the result is used: on a GPU the stream then waits.
+    Or call `then`, for what another exchange sends on.
 
     A profiler sees both, as "NAME: begin" and "NAME: finish".
     """
 
-    def __init__(self, result: Tensor, sent: Tensor, issue: Callable[[], Any] | None, *, late: bool, name: str = "") -> None:
-        """`issue` starts the collective and returns torch's Work; None: there is nobody to talk to, and `result` is ready."""
-        self._result, self._sent, self._issue, self._name = result, sent, issue, name
+    def __init__(
+        self,
+        result: Tensor,
+        sent: Tensor,
+        issue: Callable[[], Any] | None,
+        *,
+        late: bool,
+        name: str = "",
+        aside: Callable[[], torch.cuda.Stream] | None = None,
+    ) -> None:
+        """`issue` starts the collective and returns torch's Work; None: there is nobody to talk to, and `result` is ready. `aside`: a
+        stream for `then`, asked for on a GPU alone."""
+        self._result, self._sent, self._issue, self._name, self._aside = result, sent, issue, name, aside
+        self._ready: torch.cuda.Event | None = None
+        self._held: tuple[Tensor, ...] = ()
         self._copy = sent.clone() if late and issue is not None else None
         self._work = None
         if late and issue is not None and result.is_floating_point():
@@ -31,6 +44,8 @@ class Pending:
 
     def finish(self) -> Tensor:
         """What arrived. RuntimeError in late mode where what was to be sent has been changed since `begin`."""
+        if self._ready is not None:
+            torch.cuda.current_stream().wait_event(self._ready)
         if self._copy is not None:
             if not torch.equal(self._copy.view(torch.uint8), self._sent.view(torch.uint8)):
                 raise RuntimeError("a buffer was changed between begin and finish of the exchange that sends it")
@@ -40,24 +55,55 @@ class Pending:
             with record_function(f"{self._name}: finish"):
                 self._work.wait()
         self._sent = self._result  # what was sent may go
+        self._held = ()
         return self._result
+
+    def then(self, following: Callable[[Tensor], "Pending"]) -> "Pending":
+        """Finishes it and begins what sends on what arrived.
+
+        On a GPU both, and what `following` computes in between, happen on a stream of the channel's, so that the stream which calls this
+        waits for neither. On a CPU the thread waits, as it does in `finish`. (No GPU has run this yet.)
+        """
+        if self._aside is None or self._issue is None or not self._result.is_cuda:
+            return following(self.finish())
+        caller, aside = torch.cuda.current_stream(), self._aside()
+        held = (*self._held, self._sent, self._result)
+        with torch.cuda.stream(aside):
+            pending = following(self.finish())
+            pending._ready = aside.record_event()
+        # the allocator gives memory on when its own stream is done with it, and two streams use this: what came from the caller's is held
+        # until the caller finishes the exchange that follows, and so has waited for all; what came from `aside` is told of the caller
+        pending._held = held
+        for tensor in (pending._sent, pending._result):
+            tensor.record_stream(caller)
+        return pending
+
+    def to_host(self) -> "OnHost":
+        """Begins to copy what arrives to the host; this stream waits for nothing."""
+        return OnHost(self)
 
 
 class OnHost:
-    """A copy of a tensor on its way to the host: asynchronous on a GPU, and `finish` waits for it alone."""
+    """What an exchange brings, on its way to the host: `finish` waits for it alone."""
 
-    def __init__(self, x: Tensor) -> None:
-        self._event = None
-        self._copy = x
-        if x.device.type == "cuda":
-            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+    def __init__(self, pending: Pending) -> None:
+        self._pending = pending
+        self._held: tuple[Tensor, ...] = (pending._sent, pending._result)
+        self._event: torch.cuda.Event | None = None
+        if pending._result.is_cuda:  # on a CPU finishing is waiting: later
+            caller = torch.cuda.current_stream()
+            aside = pending._aside() if pending._aside is not None and pending._issue is not None else caller
+            with torch.cuda.stream(aside):
+                x = pending.finish()
+                self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+                self._event = aside.record_event()
 
     def finish(self) -> Tensor:
-        """The copy, on the host."""
-        if self._event is not None:
-            self._event.synchronize()
+        """The copy, on the host. Call it once."""
+        if self._event is None:
+            return self._pending.finish()
+        self._event.synchronize()
+        self._held = ()
         return self._copy
 
 
@@ -70,6 +116,7 @@ class Channel:
 
     def __init__(self, group: dist.ProcessGroup, *, late: bool = False) -> None:
         self.group, self.late = group, late
+        self._stream: torch.cuda.Stream | None = None
         self.bytes: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
 
@@ -92,7 +139,7 @@ class Channel:
         def issue() -> Any:
             return dist.all_gather_into_tensor(flat, x, group=self.group, async_op=True)
 
-        return Pending(result, x, issue, late=self.late, name=name)
+        return Pending(result, x, issue, late=self.late, name=name, aside=self._aside)
 
     def begin_all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int], name: str) -> Pending:
         """Rank r gets `send[r]` rows of `x` (contiguous) from this one, which gets `receive[r]` rows from r; both in rank order."""
@@ -105,7 +152,13 @@ class Channel:
         def issue() -> Any:
             return dist.all_to_all_single(result, x, list(receive), list(send), group=self.group, async_op=True)
 
-        return Pending(result, x, issue, late=self.late, name=name)
+        return Pending(result, x, issue, late=self.late, name=name, aside=self._aside)
+
+    def _aside(self) -> torch.cuda.Stream:
+        """Where what follows this channel's exchanges begins; made at the first use."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        return self._stream
 
     def _count(self, name: str, sent: int) -> None:
         self.bytes[name] += sent

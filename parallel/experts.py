@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.collectives import OnHost
 from parallel.expert_plan import MOST_GROUPS, Trip, choose_groups, plan_trips
 from parallel.groups import Groups
 
@@ -57,29 +56,49 @@ class Journey:
     """The first so many travel."""
 
 
-def plan_journey(expert_TK: Tensor, experts: int, groups: Groups, *, token_groups: int = 0, multiple: int = 1) -> Journey:
-    """Where each choice of these tokens goes; all ranks of the block call it together, each with its own tokens.
+class Planning:
+    """A journey whose counts travel; `finish` makes it. Call it once, when what needs no counts has been started."""
+
+    def __init__(self, expert_TK: Tensor, experts: int, groups: Groups, token_groups: int, multiple: int) -> None:
+        self._expert_TK, self._experts, self._groups = expert_TK, experts, groups
+        self._number, self._multiple = token_groups or (0 if groups.expert_block.size > 1 else 1), multiple
+        self._tried = self._number or MOST_GROUPS
+        chosen, keys = expert_TK.flatten(), _sort_keys(expert_TK, experts, self._tried)
+        counts = torch.zeros(self._tried * experts + 1, dtype=torch.int64, device=chosen.device)
+        counts.scatter_add_(0, keys, torch.ones_like(chosen))
+        self._counts = groups.expert_block.begin_all_gather(counts[:-1], "counts").to_host()
+        self._sorted = _sorted(keys) if self._number else None  # while counts travel
+
+    def finish(self) -> Journey:
+        """The host waits for the counts, the only figures it waits for."""
+        groups, experts = self._groups, self._experts
+        ranks = groups.expert_block.size
+        everyones = self._counts.finish().view(ranks, self._tried, experts)
+        number = self._number or choose_groups(int(everyones.sum()), experts, ranks)
+        everyones = everyones.view(ranks, number, self._tried // number, experts).sum(2)
+        order, inverse = self._sorted or _sorted(_sort_keys(self._expert_TK, experts, number))
+        place, shape = (groups.expert.rank, groups.expert_tensor.rank), (groups.expert.size, groups.expert_tensor.size)
+        return Journey(
+            trips=tuple(plan_trips(everyones, place, shape, self._multiple)),
+            order=order,
+            inverse=inverse,
+            rows=int(everyones[groups.expert_block.rank].sum()),
+        )
+
+
+def plan_journey(expert_TK: Tensor, experts: int, groups: Groups, *, token_groups: int = 0, multiple: int = 1) -> Planning:
+    """Begins to plan where each choice of these tokens goes; all ranks of the block call it together, each with its own tokens.
 
     `expert_TK` int64 in [0, experts], `experts` for a choice that was dropped. `token_groups`: 0 lets choose_groups decide, from counts
-    that all ranks have. One small all-gather of counts and, on a GPU, one copy of them to the host, for which the host waits.
+    that all ranks have. One small all-gather of counts and, on a GPU, one copy of them to the host.
     """
-    ranks = groups.expert_block.size
-    tried = token_groups or (MOST_GROUPS if ranks > 1 else 1)
-    counts = torch.zeros(tried * experts + 1, dtype=torch.int64, device=expert_TK.device)
-    chosen = expert_TK.flatten()
-    counts.scatter_add_(0, _sort_keys(expert_TK, experts, tried), torch.ones_like(chosen))
-    everyones = OnHost(groups.expert_block.begin_all_gather(counts[:-1], "counts").finish()).finish().view(ranks, tried, experts)
-    number = token_groups or choose_groups(int(everyones.sum()), experts, ranks)
-    everyones = everyones.view(ranks, number, tried // number, experts).sum(2)
-    order = _sort_keys(expert_TK, experts, number).argsort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    place, shape = (groups.expert.rank, groups.expert_tensor.rank), (groups.expert.size, groups.expert_tensor.size)
-    return Journey(
-        trips=tuple(plan_trips(everyones, place, shape, multiple)),
-        order=order,
-        inverse=inverse,
-        rows=int(everyones[groups.expert_block.rank].sum()),
-    )
+    return Planning(expert_TK, experts, groups, token_groups, multiple)
+
+
+def _sorted(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The stable order of the keys, and its inverse."""
+    order = keys.argsort(stable=True)
+    return order, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 def _sort_keys(expert_TK: Tensor, experts: int, groups: int) -> Tensor:
@@ -206,26 +225,36 @@ def _travel(
     last_is_scatter = slices.size > 1 and expert.size == 1  # `meanwhile` hides the last exchange that is one: no other group might
     pending = expert.begin_all_to_all(rows.contiguous(), trip.send, trip.receive, "dispatch" + name)
     yield
-    x = pending.finish()
     if slices.size > 1:
-        pending = slices.begin_all_gather(_fill_up(x, trip.widest), "gather" + name)
+        pending = pending.then(lambda x: slices.begin_all_gather(_fill_up(x, trip.widest), "gather" + name))
         yield
         x = torch.cat([part[:length] for part, length in zip(pending.finish(), trip.gathered, strict=True)])
+    else:
+        x = pending.finish()
     y = _back_to_sources(work(number, _by_expert(x, trip)), trip)
     del x  # not to be held while its results travel
     if slices.size > 1:
         mine = trip.gathered[trip.rank[1]]
         pending = slices.begin_all_to_all(y, trip.gathered, [mine] * slices.size, "scatter" + name)
+        del y
         if last_is_scatter:
             meanwhile(number)
         yield
-        summands = pending.finish().unflatten(0, (slices.size, mine))
-        y = summands.sum(0, dtype=torch.promote_types(y.dtype, torch.float32)).to(y.dtype)
-    pending = expert.begin_all_to_all(y, trip.receive, trip.send, "combine" + name)
+        pending = pending.then(
+            lambda summands: expert.begin_all_to_all(_sum(summands, slices.size), trip.receive, trip.send, "combine" + name)
+        )
+    else:
+        pending = expert.begin_all_to_all(y, trip.receive, trip.send, "combine" + name)
     if not last_is_scatter:
         meanwhile(number)
     yield
     results[number] = pending.finish()
+
+
+def _sum(summands: Tensor, ranks: int) -> Tensor:
+    """`[ranks * rows, size]` -> `[rows, size]`, added in fp32 in rank order."""
+    each = summands.unflatten(0, (ranks, len(summands) // ranks))
+    return each.sum(0, dtype=torch.promote_types(summands.dtype, torch.float32)).to(summands.dtype)
 
 
 def _fill_up(x: Tensor, length: int) -> Tensor:

@@ -74,7 +74,9 @@ def make_groups(layout: Layout, timeout: timedelta = timedelta(minutes=30), *, l
     if two_levels:
         key_value, ring = parallel_state.get_hierarchical_context_parallel_groups()
     else:
-        key_value, ring = dist.new_subgroups(1)[0], context
+        alone = dist.new_group([world.rank()], timeout=timeout, use_local_synchronization=True)  # each rank its own, and no other rank's
+        assert alone is not None
+        key_value, ring = alone, context
     groups = Groups(
         layout=layout,
         world=world,

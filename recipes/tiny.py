@@ -5,7 +5,8 @@ from minimax_train.plan import Checkpoints, Data, LearningRate, Plan, Stage, Val
 
 
 def stdlib() -> Plan:
-    """Three stages, 2K -> 8K -> 32K with a rising RoPE base, on the source files of the Python that runs it.
+    """Three stages, 2K -> 8K -> 32K with a rising RoPE base, on the source files of the Python that runs it; four rows in a batch, so that
+    up to four data-parallel ranks have work.
 
     1.1M tokens of text in about 7 minutes on 2 cores (two ranks). The length grows x4 a stage, as in Kimi-VL's (arXiv 2504.07491
     section 2.3). The rate stays constant until the last stage, so that each stage still learns; it decays to the end of the run.
@@ -23,15 +24,15 @@ def stdlib() -> Plan:
                 length=2048,
                 rope_base=10_000.0,  # MiniMax-01 section 2, at its first length
                 tokens=458_752,
-                batch_tokens=4096,
-                learning_rate=LearningRate(peak=3e-3, warmup_steps=24),
+                batch_tokens=8192,
+                learning_rate=LearningRate(peak=3e-3, warmup_steps=12),
             ),
             Stage(
                 name="8K",
                 length=8192,
                 rope_base=100_000.0,
                 tokens=262_144,
-                batch_tokens=16_384,
+                batch_tokens=32_768,
                 learning_rate=LearningRate(peak=3e-3),
             ),
             Stage(
@@ -39,10 +40,10 @@ def stdlib() -> Plan:
                 length=32_768,
                 rope_base=1_000_000.0,
                 tokens=393_216,
-                batch_tokens=65_536,
+                batch_tokens=131_072,
                 learning_rate=LearningRate(peak=3e-3, final=1.5e-4, decay_tokens=262_144),
             ),
         ),
-        checkpoints=Checkpoints(every_steps=32),
-        validation=Validation(every_steps=64),
+        checkpoints=Checkpoints(every_steps=16),
+        validation=Validation(every_steps=32),
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from minimax_train.engine.parts import MegatronParts, transformer_config
 from minimax_train.engine.session import Session
 from minimax_train.kernels.choice import best_backends
+from minimax_train.kernels.grouped_linear import Asked
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.initialise import initialise
@@ -95,12 +96,14 @@ def build_stages(
     fp32_head: bool = False,
     rope_base: float = 10_000.0,
     router: RouterOptions | None = None,
+    experts_backend: Asked = "auto",
 ) -> list[PipelineStage]:
-    """The layers that this rank holds, chunk by chunk; a weight is the same whichever rank draws it."""
+    """The layers that this rank holds, chunk by chunk; a weight is the same whichever rank draws it. ValueError where a form of the experts
+    is asked for that cannot run."""
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     megatron = transformer_config(config, session.groups, torch_dtype, session.device)
     expert_sizes = (config.hidden_size, config.expert_ffn_size // session.groups.layout.expert_tensor)
-    backends = best_backends(session.device, torch_dtype, config.head_dim, expert_sizes)
+    backends = best_backends(session.device, torch_dtype, config.head_dim, expert_sizes, experts_backend)
     router = router or RouterOptions()
     parts = MegatronParts(config=megatron, groups=session.groups, device=session.device, backends=backends, router=router)
     stages = []

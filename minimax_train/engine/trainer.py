@@ -34,7 +34,16 @@ class Trainer:
         the first, whose reduction nobody waits for, have one bucket."""
         self.plan, self.session = plan, session
         held = plan.cut.held(session.groups.pipeline.rank())
-        stages = build_stages(plan.model, session, held, dtype=plan.precision, seed=plan.seed, fp32_head=plan.fp32_head, router=plan.router)
+        stages = build_stages(
+            plan.model,
+            session,
+            held,
+            dtype=plan.precision,
+            seed=plan.seed,
+            fp32_head=plan.fp32_head,
+            router=plan.router,
+            experts_backend=plan.experts_backend,
+        )
         self.chunks = [_data_parallel(stage, bucket_size) for stage in stages]
         self.decoder: nn.Module = together(self.decoders)
         """This rank's part of the model: parameters under their global names."""

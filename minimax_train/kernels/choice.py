@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from minimax_train.kernels import best_lightning_backend
-from minimax_train.kernels.grouped_linear import best_grouped_backend
+from minimax_train.kernels.grouped_linear import Asked, grouped_backend
 from minimax_train.kernels.softmax_attention import best_softmax_backend
 
 
@@ -19,10 +19,13 @@ class Backends:
     experts: str = "loop"
 
 
-def best_backends(device: torch.device, dtype: torch.dtype, head_size: int, expert_sizes: Sequence[int] = ()) -> Backends:
-    """The fastest forms that are installed and take these heads, and experts of these inputs and outputs on a rank."""
+def best_backends(
+    device: torch.device, dtype: torch.dtype, head_size: int, expert_sizes: Sequence[int] = (), experts: Asked = "auto"
+) -> Backends:
+    """The fastest forms that are installed and take these heads, and experts of these inputs and outputs on a rank, or the form of the
+    latter that is asked for; ValueError where that cannot run."""
     return Backends(
         lightning=best_lightning_backend(device, dtype, head_size),
         softmax=best_softmax_backend(device, dtype, head_size),
-        experts=best_grouped_backend(device, dtype, *expert_sizes),
+        experts=grouped_backend(experts, device, dtype, *expert_sizes),
     )

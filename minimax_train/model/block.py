@@ -11,6 +11,7 @@ from minimax_train.model.experts import Experts, Routing
 from minimax_train.model.lightning import LightningAttention
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
+from minimax_train.model.recompute import FirstRun
 from minimax_train.model.row import Documents
 from minimax_train.model.softmax import SoftmaxAttention
 
@@ -29,9 +30,12 @@ class Block(nn.Module):
         self.experts_norm = RMSNorm(config.hidden_size, config.norm_eps, parts)
         self.experts = Experts(config, parts)
 
-    def forward(self, x_TC: Tensor, documents: Documents, *, experts_again: bool = False) -> tuple[Tensor, Routing]:
-        """`[T, hidden]` -> `[T, hidden]`. `experts_again`: the backward pass computes the experts' gate and up again."""
+    def forward(
+        self, x_TC: Tensor, documents: Documents, first: FirstRun | None = None, *, experts_again: bool = False
+    ) -> tuple[Tensor, Routing]:
+        """`[T, hidden]` -> `[T, hidden]`. `first`: see recompute.recomputed. `experts_again`: the backward pass computes the experts' gate
+        and up again."""
         h = self.attention_norm(x_TC)
         h = self.experts_norm(self.alpha * h + self.beta * self.attention(h, documents))
-        y, routing = self.experts(h, documents.places, again=experts_again)
+        y, routing = self.experts(h, documents.places, first, again=experts_again)
         return self.alpha_experts * h + self.beta_experts * y, routing

@@ -130,13 +130,14 @@ def text01() -> ModelConfig:
 
 
 def tiny(vocab_size: int = 1024) -> ModelConfig:
-    """Ours: the same shape at laptop size. Full rotary and a power-of-two head count, so that stock transformers runs its export."""
+    """Ours: the same shape at laptop size. Full rotary and a power-of-two head count, so that stock transformers runs its export; a
+    key-value head for each of 4 tensor-parallel ranks."""
     alpha = deepnorm_alpha(8)
     return ModelConfig(
         num_layers=8,
         hidden_size=128,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         head_dim=64,
         rotary_dim=64,
         num_experts=8,

@@ -10,7 +10,7 @@ from minimax_train.model.block import Block
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.norm import RMSNorm
 from minimax_train.model.parts import Parts
-from minimax_train.model.recompute import Recompute, recomputed
+from minimax_train.model.recompute import FirstRun, Recompute, recomputed
 from minimax_train.model.rope import rotation
 from minimax_train.model.router import Routing
 from minimax_train.model.row import Documents, Row
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
         documents, routings = self.documents(row), []
         for block in self.blocks.values():
             if self.recompute == "full" and torch.is_grad_enabled():
-                x_TC, routing = recomputed(block, x_TC, documents)
+                x_TC, routing = recomputed(block, x_TC, documents, FirstRun())
             else:
                 x_TC, routing = block(x_TC, documents, experts_again=self.recompute == "selective")
             routings.append(routing)

@@ -11,9 +11,10 @@ from torch.autograd.function import FunctionCtx
 from minimax_train.kernels.grouped_linear import rows_multiple
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.parts import Parts
+from minimax_train.model.recompute import FirstRun
 from minimax_train.model.router import Router, Routing
 from minimax_train.model.swiglu import SwiGLU
-from parallel.experts import experts_over_ranks, plan_journey
+from parallel.experts import Planning, experts_over_ranks, plan_journey
 
 
 class _Spread(torch.autograd.Function):
@@ -60,14 +61,27 @@ class Experts(nn.Module):
         self.gate_up = parts.experts(count, 2 * ffn, hidden, axis=1, matrices=2, dtype=parts.dtype)
         self.down = parts.experts(count, hidden, ffn, axis=2, dtype=parts.dtype)
 
-    def forward(self, x_TC: Tensor, places_S: Tensor | None = None, *, again: bool = False) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x_TC: Tensor, places_S: Tensor | None = None, first: FirstRun | None = None, *, again: bool = False
+    ) -> tuple[Tensor, Routing]:
         """`[T, hidden]` -> `[T, hidden]`; choices that the router dropped are not computed and add nothing. `places_S`: see the router.
 
-        `again`: see SwiGLU. All ranks of the block call it together.
+        `first`: what the first run of this layer left, or is to leave, to its second. `again`: see SwiGLU. All ranks of the block call it
+        together.
         """
-        weight_TK, expert_TK, routing = self.router(x_TC, places_S)
-        groups, multiple = self.groups.layout.token_groups, rows_multiple(self.backend)
-        journey = plan_journey(expert_TK, self.count, self.groups, token_groups=groups, multiple=multiple)
+        first = first or FirstRun()
+        plannings: list[Planning] = []
+
+        def chosen(expert_TK: Tensor) -> None:
+            """Counts travel while the router works out what it reports."""
+            if first.journey is None:
+                groups, multiple = self.groups.layout.token_groups, rows_multiple(self.backend)
+                plannings.append(plan_journey(expert_TK, self.count, self.groups, token_groups=groups, multiple=multiple))
+
+        weight_TK, expert_TK, routing = self.router(x_TC, places_S, chosen)
+        if first.journey is None:
+            first.journey = plannings[0].finish()
+        journey = first.journey
         rows = _Spread.apply(x_TC, journey.order, journey.inverse)[: journey.rows]
         rows = experts_over_ranks(rows, (self.gate_up, self.down), SwiGLU(backend=self.backend, again=again), journey, self.groups)
         if journey.rows < len(journey.order):

@@ -3,6 +3,7 @@
 p = softmax(W_r x) over all experts, in fp32; the top k are kept and renormalised to sum to 1
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +41,16 @@ class Router(nn.Module):
         self.unit = self.row if self.options.unit == "row" else Channel(groups.tensor_data_context, late=groups.context.late)
         self.weight = parts.replicated(config.num_experts, config.hidden_size, dtype=torch.float32)
 
-    def forward(self, x_TC: Tensor, places_S: Tensor | None = None) -> tuple[Tensor, Tensor, Routing]:
+    def forward(
+        self, x_TC: Tensor, places_S: Tensor | None = None, chosen: Callable[[Tensor], None] = lambda expert_TK: None
+    ) -> tuple[Tensor, Tensor, Routing]:
         """`[T, hidden]` -> weights `[T, k]` fp32, experts `[T, k]` int64, and the routing.
 
         A token's weights sum to 1 before choices are dropped. A dropped one has weight 0 and, as its expert, the number of experts: sorted
         by expert, the first `routing.here.sum()` choices are those to compute. `places_S`: where in the row the tokens of the tensor-
         parallel group stand (None: in order); it decides between equal probabilities. One small sum over the unit's ranks, whose balancing
-        loss is the same whatever the layout; with a capacity also a gather of 4 (2k + 1) bytes a token of the unit.
+        loss is the same whatever the layout; with a capacity also a gather of 4 (2k + 1) bytes a token of the unit. `chosen` is told the
+        experts as soon as they are known, before all that the routing alone needs.
         """
         probability_TE = F.linear(x_TC.to(self.weight.dtype), self.weight).softmax(dim=-1)
         chosen_TK, expert_TK = probability_TE.topk(self.experts_per_token, dim=-1)
@@ -58,6 +62,7 @@ class Router(nn.Module):
             kept_TK = self._kept(chosen_TK.detach(), expert_TK, places_S, limit)
             weight_TK, expert_TK = weight_TK.masked_fill(~kept_TK, 0.0), expert_TK.masked_fill(~kept_TK, experts)
             kept = _choices(expert_TK, experts + 1)[:experts]
+        chosen(expert_TK)
         counts = all_sum(wanted, unit.group) if unit.size > 1 else wanted
         choices = counts.sum()
         # experts * sum_e f_e * m_e, f the fraction of choices and m the mean probability (Switch, arXiv 2101.03961 eq. 4)

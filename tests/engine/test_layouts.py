@@ -6,13 +6,14 @@ of documents that begin on, before and after the borders of pieces.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from minimax_train.recipe import load_plan
 from parallel.layout import Layout
 from parallel.testing import run_ranks
 from parallel.world import Place
@@ -107,3 +108,12 @@ def test_equals_one_rank(corpus: Path, one_rank: Outcome, table: list[Line], nam
         same(ours, one_rank)
         for key, weight in outcomes[0].weights.items():
             assert torch.equal(ours.weights[key], weight), f"copies of {key} differ"
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *LARGE])
+def test_the_tiny_recipe_takes_it(name: str) -> None:
+    """Every stage of it, by --set and nothing else; test_layouts_cli trains some."""
+    ranks, layout = (LAYOUTS | LARGE)[name]
+    plan = load_plan("recipes.tiny:stdlib", [f"layout.{degree}={value}" for degree, value in asdict(layout).items()])
+    plan.check_ranks(ranks)
+    assert plan.layout == layout

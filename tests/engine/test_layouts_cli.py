@@ -11,7 +11,7 @@ STEPS = 3
 
 
 def losses(run: Path, corpus: Path, *options: str) -> list[float]:
-    """Of the training steps, then of the validations, on the little corpus and rows of 256 tokens."""
+    """Of the training steps, then of the validations, on the little corpus; rows of 256 tokens for speed, as many as the recipe has."""
     settings = [f"data.train={corpus / 'train'}", f"data.validation={corpus / 'validation'}", "data.prepare=null", f"steps={STEPS}"]
     settings += ["stages.0.length=256", "stages.0.batch_tokens=1024", "validation.tokens=2048"]
     command = [sys.executable, "-m", "minimax_train.cli", "train", "recipes.tiny:stdlib", "--to", str(run), *options]
@@ -31,8 +31,17 @@ def one_rank(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "degrees",
-    [("tensor=2", "expert=2"), ("pipeline=2", "context=2"), ("context=2", "expert=4"), ("tensor=2", "expert=2", "expert_tensor=2")],
-    ids=" ".join,
+    [
+        (),
+        ("tensor=4",),
+        ("expert=4",),
+        ("tensor=2", "expert=2"),
+        ("pipeline=2", "context=2"),
+        ("context=2", "expert=4"),
+        ("expert=2", "expert_tensor=2"),
+        ("tensor=2", "expert=2", "expert_tensor=2"),
+    ],
+    ids=lambda degrees: " ".join(degrees) or "data",
 )
 def test_losses_of_one_rank(corpus: Path, tmp_path: Path, one_rank: list[float], degrees: tuple[str, ...]) -> None:
     settings = [word for degree in degrees for word in ("--set", f"layout.{degree}")]

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from minimax_train.engine.session import Session
+from minimax_train.engine.session import Session, session
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.recompute import Recompute, recomputed
 from minimax_train.model.router_options import RouterOptions
 from minimax_train.model.row import Row
+from parallel.collectives import Channel, OnHost
 from parallel.layout import Layout
 from parallel.testing import run_ranks
+from parallel.world import Place
 from tests.engine.equality import hybrid, train_on
 
 
@@ -144,3 +146,57 @@ def test_exchanges_run_again_in_order(corpus: Path, layout: Layout) -> None:
 
 def again(place: Any, corpus: Path, layout: Layout, recompute: Recompute) -> Any:
     return train_on(place, corpus, layout, {}, steps=2, late=True, recompute=recompute)
+
+
+def exchanged(place: Place, recompute: Recompute) -> tuple[dict[str, int], dict[str, int], dict[str, Tensor]]:
+    """How often this rank exchanged what, in forward and backward of 8 layers; and the gradients."""
+    from minimax_train.engine.stage import bare, build_stage
+
+    with session(layout=Layout(expert=2, token_groups=2), place=place) as joined:
+        decoder = bare(build_stage(hybrid(), joined, seed=3))
+        row = Row.of_documents([torch.arange(100) + place.rank])
+        decoder.recompute = recompute
+        decoder(row.with_labels((row.tokens + 7) % 300))[0].sum().backward()
+        gradients = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+        return dict(joined.groups.expert_block.calls), dict(joined.groups.expert.calls), gradients
+
+
+def test_the_journey_of_the_rows_is_kept() -> None:
+    """Run twice, rows travel again; how many go where was counted once. Selective: the experts' products alone are made again."""
+    once, selective, twice = (run_ranks(2, exchanged, recompute) for recompute in ("none", "selective", "full"))
+    for one, other in zip(once, selective, strict=True):
+        assert one[:2] == other[:2]
+        assert all(torch.equal(other[2][name], gradient) for name, gradient in one[2].items())
+    for (counts, rows, gradients), (counts_again, rows_again, same_gradients) in zip(once, twice, strict=True):
+        assert counts == counts_again == {"counts": 8}
+        back = {"dispatch gradients": 2 * 8, "combine gradients": 2 * 8}
+        assert rows == {"dispatch": 2 * 8, "combine": 2 * 8} | back
+        assert rows_again == {"dispatch": 2 * 2 * 8, "combine": 2 * 2 * 8} | back
+        assert all(torch.equal(same_gradients[name], gradient) for name, gradient in gradients.items())
+
+
+def told(place: Place) -> list[str]:
+    """What a layer does between beginning to exchange counts and asking for them."""
+    from minimax_train.engine.stage import bare, build_stage
+    from minimax_train.model import router
+
+    log: list[str] = []
+
+    def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*arguments: Any) -> Any:
+            log.append(name)
+            return work(*arguments)
+
+        return function
+
+    with session(layout=Layout(context=2, expert=2), place=place) as joined, pytest.MonkeyPatch.context() as patch:
+        experts = bare(build_stage(hybrid(), joined, seed=3)).blocks["0"].experts
+        patch.setattr(router, "all_sum", noted("the unit's sum", router.all_sum))
+        patch.setattr(Channel, "begin_all_gather", noted("begin counts", Channel.begin_all_gather))
+        patch.setattr(OnHost, "finish", noted("ask for counts", OnHost.finish))
+        experts(torch.randn(16, 32, generator=torch.Generator().manual_seed(place.rank)))
+    return log
+
+
+def test_counts_travel_while_the_router_works_out_its_report() -> None:
+    assert run_ranks(2, told) == [["begin counts", "the unit's sum", "ask for counts"]] * 2

@@ -141,3 +141,40 @@ def test_fresh_optimizer_starts_from_the_loaded_weights(corpus: Path, tmp_path: 
     for name, weight in saved.items():
         assert torch.equal(before[name].float(), weight), name
         assert torch.equal(after[name], before[name]), name
+
+
+def gathers(place: Place, corpus: Path) -> tuple[list[bool], bool, bool]:
+    """While the first layer runs: is a gather of updated weights under way? What a settle changes after a step, and a second one."""
+    torch.set_num_threads(1)
+    plan = little_plan(corpus)
+    with session(place=place) as joined:
+        from minimax_train.engine.trainer import Trainer
+
+        trainer = Trainer(plan, joined, bucket_size=5000)
+        (chunk,) = trainer.chunks
+        assert chunk.ddp_config.overlap_param_gather
+        assert chunk.ddp_config.overlap_grad_reduce
+        under_way: list[bool] = []
+
+        def pending() -> bool:
+            return any(group.param_gather_handle is not None for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups)
+
+        def settles() -> bool:
+            """Whether it changes a weight."""
+            before = [p.detach().clone() for p in trainer.decoder.parameters()]
+            trainer.settle()
+            assert not pending()
+            return any(not torch.equal(p, old) for p, old in zip(trainer.decoder.parameters(), before, strict=True))
+
+        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        rows = [to_row(source.row(place.rank), joined)]
+        trainer.step(rows, 1e-3)
+        hook = trainer.decoders[0].blocks["0"].register_forward_hook(lambda *_: under_way.append(pending()))
+        trainer.step(rows, 1e-3)
+        hook.remove()
+        return under_way, settles(), settles()
+
+
+def test_updated_weights_are_gathered_while_layers_run(corpus: Path) -> None:
+    """Not at the end of the step: the next forward pass begins each bucket's gather a bucket ahead, and settle() what is left."""
+    assert run_ranks(2, gathers, corpus) == [([True], True, False)] * 2

@@ -1,6 +1,6 @@
 """Experts over ranks against all experts on all tokens, to the byte on the wire and in every order of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimax_train.engine.session import session
+from minimax_train.engine.session import Session, session
 from minimax_train.model.parts import Cut, part_of
 from minimax_train.model.swiglu import SwiGLU
 from parallel.expert_plan import Trip, choose_groups, plan_trips, rows_sent
@@ -119,7 +119,7 @@ def over_ranks(place: Place, layout: Layout, backend: str, late: bool = False, d
                 channel.bytes.clear()
             expert = routing(place.rank)
             multiple = 8 if backend == "grouped" else 1
-            journey = plan_journey(expert, EXPERTS, groups, token_groups=layout.token_groups, multiple=multiple)
+            journey = plan_journey(expert, EXPERTS, groups, token_groups=layout.token_groups, multiple=multiple).finish()
             rows = x[journey.order // CHOICES][: journey.rows]
             out = experts_over_ranks(rows, tuple(mine), SwiGLU(backend=backend), journey, groups)
             out = F.pad(out, (0, 0, 0, len(journey.order) - journey.rows))
@@ -190,6 +190,37 @@ def test_idle_experts_have_true_zeros() -> None:
         idle, busy = (results[rank][ROUTINGS.index(one)] for rank in (0, 1))
         assert all(g.abs().max() == 0 for g in idle.gradients)
         assert all(g[:-1].abs().max() == 0 and g[-1].abs().max() > 0 for g in busy.gradients)
+    results = run_ranks(4, over_ranks, Layout(expert=2, expert_tensor=2, token_groups=4), "loop")
+    for number, routing in enumerate(ROUTINGS):
+        zeros = [all(g.abs().max() == 0 for g in result[number].gradients) for result in results]
+        assert zeros == [routing is one, routing is one, routing is two_idle, routing is two_idle]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotedSwiGLU(SwiGLU):
+    made: list[tuple[Tensor, ...]]
+
+    def weight_gradients(self, *arguments: Any) -> Any:
+        self.made.append(super().weight_gradients(*arguments))
+        return tuple(g.clone() for g in self.made[-1])
+
+
+def test_gradients_of_groups_are_added_in_fp32(alone: Session) -> None:
+    """In bf16: the sum of the groups' own gradients, rounded once."""
+    tokens, made = 256, list[tuple[Tensor, ...]]()
+    generator = torch.Generator().manual_seed(4)
+    chosen = torch.rand(tokens, EXPERTS, generator=generator).topk(CHOICES).indices
+    mine = tuple(w.bfloat16().requires_grad_() for w in weights())
+    journey = plan_journey(chosen, EXPERTS, alone.groups, token_groups=4).finish()
+    rows = torch.randn(journey.rows, HIDDEN, generator=generator).bfloat16().requires_grad_()
+    out = experts_over_ranks(rows, mine, NotedSwiGLU(backend="loop", made=made), journey, alone.groups)
+    out.backward(torch.randn(out.shape, generator=generator).bfloat16())
+    assert len(made) == 4
+    for weight, *groups in zip(mine, *made, strict=True):
+        exact, step_by_step = sum(g.float() for g in groups), groups[0] + groups[1] + groups[2] + groups[3]
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, exact.bfloat16())  # type: ignore[union-attr]
+        assert not torch.equal(weight.grad, step_by_step)
 
 
 @dataclass(frozen=True)
@@ -231,6 +262,13 @@ class _Telling:
         result: Tensor = self.pending.finish()
         return result
 
+    def then(self, following: Callable[[Tensor], Any]) -> Any:
+        def noted(arrived: Tensor) -> Any:
+            self.log.append(self.line)
+            return following(arrived)
+
+        return self.pending.then(noted)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ToldSwiGLU(SwiGLU):
@@ -259,7 +297,7 @@ def told(place: Place, layout: Layout) -> tuple[list[str], int, int]:
         accumulators = [weight.expand_as(weight).grad_fn.next_functions[0][0] for weight in mine]  # type: ignore[union-attr]
         for accumulator in accumulators:  # what DDP hooks
             accumulator.register_hook(lambda *_: times.append(1))
-        journey = plan_journey(even(place.rank), EXPERTS, groups, token_groups=layout.token_groups)
+        journey = plan_journey(even(place.rank), EXPERTS, groups, token_groups=layout.token_groups).finish()
         rows = inputs(place.rank)[0][journey.order // CHOICES].requires_grad_()
         experts_over_ranks(rows, tuple(mine), ToldSwiGLU(backend="loop", log=log), journey, groups).sum().backward()
         return log, len(times), joined.groups.expert_block.calls["counts"]
@@ -300,7 +338,7 @@ def chosen_groups(place: Place) -> list[int]:
         made = []
         for rows in (4 * 512 * 2, 4 * 512 * 2 - 2, 2 * 512 * 2, 2 * 512 * 2 - 2):
             mine = rows // 2 - 100 if place.rank else rows - (rows // 2 - 100)  # uneven, and each alone would choose otherwise
-            journey = plan_journey(torch.arange(mine)[:, None] % 2, 2, joined.groups)
+            journey = plan_journey(torch.arange(mine)[:, None] % 2, 2, joined.groups).finish()
             assert sum(sum(trip.send) for trip in journey.trips) == mine
             made.append(len(journey.trips))
         return made

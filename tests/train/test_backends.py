@@ -45,12 +45,19 @@ def test_run_json_says_what_the_layers_run(corpus: Path, tmp_path: Path, alone: 
     monkeypatch.setattr(Metrics, "say", lambda self, line: said.append(line))
     train(little_plan(corpus, steps=1), tmp_path / "run", alone)
 
-    assert asked == [(torch.device("cpu"), torch.float32, little_model().head_dim, (32, 24))], "chosen once, for this model"
+    assert asked == [(torch.device("cpu"), torch.float32, little_model().head_dim, (32, 24), "auto")], "chosen once, for this model"
     assert set(called) == {chosen.lightning, chosen.softmax}
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (facts["lightning_backend"], facts["softmax_backend"]) == (chosen.lightning, chosen.softmax)
     assert facts["experts_backend"] == chosen.experts
     assert f"attention backends: lightning {chosen.lightning}, softmax {chosen.softmax}" in said
+
+
+def test_a_form_that_is_asked_for_and_cannot_run_is_refused(corpus: Path, tmp_path: Path, alone: Session) -> None:
+    with pytest.raises(
+        ValueError, match=r"^experts_backend 'te' takes bfloat16 on a GPU, not torch.float32 on cpu; choose auto or one of loop$"
+    ):
+        train(little_plan(corpus, steps=1, experts_backend="te"), tmp_path / "run", alone)
 
 
 def test_layers_hold_this_machines_choice(alone: Session) -> None:
