@@ -5,6 +5,8 @@ transpose   each rank gets some rows of all states, scans over the pieces, sends
 pruned      a state goes to the next piece; rows of the heads whose decay over a piece is not 0.0 go to     (CP-1)/CP (2 + ~4 f)
             a scan for the pieces behind that one; nothing crosses a document start                         f: share of such heads
 
+These are for one document; with several pruned sends less. Which of them sends least is counted for each row (`Cheapest`).
+
 Each is `begin`, which starts it, and `finish`. `states` are this rank's `[slots, H, D, D]`, in the dtype of states (fp32), 0 in the slots
 that are no sources; the result is what enters its pieces, 0 in the slots that are no targets.
 """
@@ -34,6 +36,10 @@ class Exchange(Protocol):
         """What enters this rank's pieces."""
         ...
 
+    def numbers_sent(self, flow: Flow, heads: int, size: int) -> int:
+        """Of states `[slots, heads, size, size]`, what all ranks together send to others; the mirrored flow sends as much."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gather:
@@ -55,6 +61,9 @@ class Gather:
                     if flow.sources[source]:
                         result[slot] += everyone[place[source]]
         return result
+
+    def numbers_sent(self, flow: Flow, heads: int, size: int) -> int:
+        return (len(flow.held) - 1) * len(flow.owners) * heads * size * size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +93,19 @@ class Transpose:
         results = channel.begin_all_to_all(_flat(back), [back[0].numel()] * channel.size, widths, BACK).finish()
         return torch.cat([part.view(slots, -1, size) for part in results.split(widths)], dim=1).view(states.shape)
 
+    def numbers_sent(self, flow: Flow, heads: int, size: int) -> int:
+        return 2 * (len(flow.held) - 1) * len(flow.held[0]) * heads * size * size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
     """Only what can still matter: decay is static, and where documents begin is known to all ranks."""
 
     decay_H: Tensor
+    heads: tuple[int, ...]
+    """Those that remember more than one piece."""
     slow: Tensor
-    """int64: the heads that remember more than one piece."""
+    """int64: the same on the states' device."""
 
     def begin(self, states: Tensor, flow: Flow, channel: Channel) -> Pending:
         me, size, number = channel.rank, states.shape[-1], states[0].numel()
@@ -143,6 +157,13 @@ class Pruned:
                 result[slots[piece], self.slow] += state
         return result
 
+    def numbers_sent(self, flow: Flow, heads: int, size: int) -> int:
+        rows = len(self.heads) * size
+        cuts = _cuts(rows, len(flow.held))
+        mine = [flow.owners[piece] for pieces in (flow.far_sources, flow.far_targets) for piece in pieces]
+        kept = sum(high - low for low, high in (cuts[rank] for rank in mine))
+        return (len(flow.near) * heads * size + len(mine) * rows - kept) * size
+
     def _scans(self, flow: Flow) -> bool:
         return bool(len(self.slow) and flow.far_sources)
 
@@ -151,6 +172,30 @@ class Pruned:
         """What `rank` sends here: my pieces that take its states whole; its pieces whose slow rows are scanned."""
         near = [piece for piece in flow.held[me] if piece in flow.near and flow.owners[piece - 1] == rank]
         return near, [piece for piece in flow.held[rank] if piece in flow.far_sources]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cheapest:
+    """For each row the one of `kinds` that sends least, the first of those that send as little: all ranks find the same one."""
+
+    kinds: tuple[Exchange, ...]
+    slow: int
+    """Heads that remember more than one piece: by their number alone layers differ in what they send."""
+
+    def begin(self, states: Tensor, flow: Flow, channel: Channel) -> Pending:
+        return self.chosen(flow, states).begin(states, flow, channel)
+
+    def finish(self, pending: Pending, states: Tensor, flow: Flow, channel: Channel) -> Tensor:
+        return self.chosen(flow, states).finish(pending, states, flow, channel)
+
+    def numbers_sent(self, flow: Flow, heads: int, size: int) -> int:
+        return min(kind.numbers_sent(flow, heads, size) for kind in self.kinds)
+
+    def chosen(self, flow: Flow, states: Tensor) -> Exchange:
+        """Counted once per row for all layers with as many slow heads, on the host."""
+        _, heads, size, _ = states.shape
+        sent = flow.once(("sent", self.slow, heads, size), lambda: [kind.numbers_sent(flow, heads, size) for kind in self.kinds])
+        return self.kinds[sent.index(min(sent))]
 
 
 def _scan(given: Mapping[int, Tensor], flow: Flow, decay_R1: Tensor, *, nearest: bool) -> dict[int, Tensor]:
@@ -185,30 +230,12 @@ def _flat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts])
 
 
-def mean_states_sent(kind: str, ranks: int, slow_share: float) -> float:
-    """States a rank sends to others for one layer and direction, mean over ranks; zigzag, one document as long as the row.
+def slow_heads(slopes_H: Sequence[float], length: int, *, cut: float = 104.0) -> tuple[int, ...]:
+    """The heads that remember more than a piece of `length` tokens: s * length < `cut`.
 
-    2 ranks - 2 borders lie between ranks. All pieces but the last two and the one before the middle have a state for the scan.
+    exp(-104) is 0.0 in fp32, denormal numbers included.
     """
-    others = (ranks - 1) / ranks
-    if ranks == 1:
-        return 0.0
-    if kind == "gather":
-        return 2.0 * (ranks - 1)
-    if kind == "transpose":
-        return 4.0 * others
-    return others * (2.0 + 2.0 * slow_share * (2 * ranks - 3) / ranks)
-
-
-def choose(kind: str, slopes_H: Sequence[float], length: int, ranks: int, *, cut: float = 104.0) -> tuple[str, tuple[int, ...]]:
-    """(the exchange, its slow heads) for pieces of `length` tokens; "auto" is the one that sends least.
-
-    A head is slow where s * length < `cut`; exp(-104) is 0.0 in fp32, denormal numbers included.
-    """
-    slow = tuple(head for head, slope in enumerate(slopes_H) if slope * length < cut)
-    if kind == "auto":
-        kind = min(("gather", "transpose", "pruned"), key=lambda name: mean_states_sent(name, ranks, len(slow) / len(slopes_H)))
-    return kind, slow
+    return tuple(head for head, slope in enumerate(slopes_H) if slope * length < cut)
 
 
 def make_exchange(
@@ -219,12 +246,14 @@ def make_exchange(
     `slopes_H` fp32 on the states' device, `host_slopes` the same on the host, so that choosing does not make a device wait. One rank
     has no slots: there it is the one that then does nothing.
     """
-    name, slow = choose(kind if ranks > 1 else "gather", host_slopes, length, ranks, cut=cut)
-    decay = torch.exp(-slopes_H.to(dtype) * length)
-    if name == "gather":
-        return Gather(decay_H=decay)
-    if name == "transpose":
-        return Transpose(decay_H=decay)
-    if name == "pruned":
-        return Pruned(decay_H=decay, slow=torch.tensor(slow, dtype=torch.int64, device=slopes_H.device))
-    raise ValueError(f"state exchange {kind!r} is unknown; choose auto, gather, transpose or pruned")
+    decay, slow = torch.exp(-slopes_H.to(dtype) * length), slow_heads(host_slopes, length, cut=cut)
+    kinds: dict[str, Exchange] = {
+        "gather": Gather(decay_H=decay),
+        "transpose": Transpose(decay_H=decay),
+        "pruned": Pruned(decay_H=decay, heads=slow, slow=torch.tensor(slow, dtype=torch.int64, device=slopes_H.device)),
+    }
+    if kind != "auto" and kind not in kinds:
+        raise ValueError(f"state exchange {kind!r} is unknown; choose auto, gather, transpose or pruned")
+    if ranks == 1:
+        return kinds["gather"]
+    return Cheapest(kinds=tuple(kinds.values()), slow=len(slow)) if kind == "auto" else kinds[kind]
