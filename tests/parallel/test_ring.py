@@ -292,6 +292,29 @@ def test_two_levels() -> None:
             assert result[0][c].bytes["heads"] == 2 * 12 * (2 * HEADS + 2 * case.groups) // 2 * SIZE * 8
 
 
+def plans_made(place: Place, key_value: int) -> int:
+    """In three layers, forward and backward, over one row; the first layer's first hop is begun by the caller where it may be."""
+    from minimax_train.engine.session import session
+    from parallel import ring as module
+
+    attend, made = partial_attention("sdpa", device=torch.device("cpu"), dtype=torch.float32, head_size=SIZE), []
+    with session(layout=Layout(context=place.size, key_value=key_value), place=place) as joined, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan_ring", lambda *row: (made.append(row), plan_ring(*row))[1])
+        groups, case = joined.groups, Case(bounds=(0, 10, 8 * LENGTH))
+        pieces = case.pieces(place.size)
+        q, k, v, _ = (pieces.cut(x, place.rank).contiguous().requires_grad_() for x in case.inputs(torch.float32))
+        for _ in range(3):
+            first = module.begin_first_hop(k, v, pieces, groups.ring) if key_value == 1 else None
+            o = module.attention_over_pieces(q, k, v, pieces, groups.key_value, groups.ring, attend, first)
+            o.sum().backward()
+    return len(made)
+
+
+@pytest.mark.parametrize("key_value", [1, 2])
+def test_the_plan_is_made_once_per_row(key_value: int) -> None:
+    assert run_ranks(4, plans_made, key_value) == [1] * 4
+
+
 def refusals(place: Place) -> list[str]:
     from minimax_train.engine.session import session
     from parallel.collectives import Channel
