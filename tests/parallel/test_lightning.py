@@ -114,7 +114,7 @@ def check(ranks: int, cases: list[Case], tolerance: float) -> None:
             ours = pieces.join([result[i][name] for result in results])
             assert torch.isfinite(ours).all(), (case, name)
             for document, (a, b) in enumerate(zip(case.bounds, case.bounds[1:], strict=False)):
-                assert relative(ours[a:b], exact[a:b]) < tolerance, (case, name, document)
+                assert a == b or relative(ours[a:b], exact[a:b]) < tolerance, (case, name, document)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
@@ -128,12 +128,12 @@ def test_pieces_equal_the_whole(ranks: int) -> None:
     check(ranks, cases, 1e-10)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_in_fp32(ranks: int) -> None:
     check(ranks, [Case(bounds, kind, dtype=torch.float32) for bounds in ROWS.values() for kind in KINDS], 1e-5)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_late_exchanges_give_the_same_bits(ranks: int) -> None:
     """Nothing is needed of an exchange before it finishes, and nothing that is sent is touched until then; forward and backward."""
     rows = list(ROWS.values())

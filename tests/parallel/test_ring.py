@@ -290,6 +290,13 @@ def test_two_levels() -> None:
             assert all(torch.equal(a, b) for a, b in zip(result[0][c].parts, result[1][c].parts, strict=True))
             # half of each token's heads go to the neighbour and come back: q, k, v and o, forward and backward
             assert result[0][c].bytes["heads"] == 2 * 12 * (2 * HEADS + 2 * case.groups) // 2 * SIZE * 8
+        rows = rows_sent(case.pieces(4).joined(2))  # of the two nodes, with half the key-value heads
+        for rank, result in enumerate(ran.results):
+            row, ring_rank = 2 * (case.groups // 2) * SIZE * 8, rank // 2
+            back = sum(sent[(ring_rank - hop) % 2] for hop, sent in rows.items())
+            assert result[0][c].bytes[KEYS_VALUES] == 2 * row * sum(sent[ring_rank] for sent in rows.values())
+            assert result[0][c].bytes[GRADIENTS] == row * back
+    assert any(ran.results[0][0][c].bytes[KEYS_VALUES] for c in range(len(cases)))
 
 
 def plans_made(place: Place, key_value: int) -> int:
