@@ -24,7 +24,7 @@ from machine import machine
 
 from minimax_train.model.config import text01
 from minimax_train.model.lightning import decay_slopes
-from parallel.exchange import choose
+from parallel.exchange import slow_heads
 from parallel.pieces import Pieces, balanced, zigzag
 
 TOKENS = 1 << 20
@@ -61,18 +61,18 @@ def states(bounds: Sequence[int], ranks: int) -> list[dict[str, Any]]:
     heads, size = model.num_attention_heads, model.head_dim
     ways = crossings(bounds, owners), crossings(*mirrored(bounds, owners))
     layers = [layer for layer, kind in enumerate(model.layer_kinds) if kind == "lightning"]
-    slopes = {layer: decay_slopes(heads, layer, model.num_layers).tolist() for layer in layers}
+    slow = [len(slow_heads(decay_slopes(heads, layer, model.num_layers).tolist(), TOKENS // (2 * ranks))) for layer in layers]
     peer = np.full(ranks, lasp2_sent(ranks, heads, size))
     found = [{"scheme": "LASP-2", "steps": 1.0, **figures(peer, peer)}]
+    transposed = states_sent("transpose", ways[0], heads, size, 0).bytes
     for kind in KINDS:
-        chosen = [choose(kind, slopes[layer], TOKENS // (2 * ranks), ranks) for layer in layers]
-        forward, back = ([states_sent(name, way, heads, size, len(slow)) for name, slow in chosen] for way in ways)
+        forward, back = ([states_sent(kind, way, heads, size, one) for one in slow] for way in ways)
         found.append(
             {
                 "scheme": kind,
                 "steps": float(np.mean([sent.steps for sent in forward])),
-                "transposed_layers": sum(name == "transpose" for name, _ in chosen),
-                "slow_share": float(np.mean([len(slow) / heads for _, slow in chosen])),
+                "transposed_layers": sum(np.array_equal(sent.bytes, transposed) for sent in forward),
+                "slow_share": float(np.mean(slow)) / heads,
                 **figures(*(np.mean([sent.bytes for sent in way], axis=0) for way in (forward, back))),
             }
         )

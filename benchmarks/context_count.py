@@ -8,7 +8,7 @@ import torch
 from context_formula import crossings, keys_values_sent, mirrored, states_sent
 
 from minimax_train.model.lightning import decay_slopes
-from parallel.exchange import BACK, FORWARD, choose
+from parallel.exchange import BACK, FORWARD, slow_heads
 from parallel.layout import Layout
 from parallel.pieces import cut_row
 from parallel.testing import run_ranks
@@ -83,9 +83,9 @@ def by_formula(case: Case, ranks: int, whole: int) -> dict[str, list[int]]:
         sent = keys_values_sent(bounds, owners, HEADS, GROUPS, SIZE, degree=case.key_value)
         parts = {"heads": sent.heads, "ring": sent.ring, "heads back": sent.heads_back, "ring back": sent.ring_back}
         return {name: part.tolist() for name, part in parts.items()}
-    kind, slow = choose(case.kind, case.slopes(whole).tolist(), TOKENS // (2 * ranks), ranks)
+    slow = len(slow_heads(case.slopes(whole).tolist(), TOKENS // (2 * ranks)))
     rows = {"forward": (bounds, owners), "back": mirrored(bounds, owners)}
-    return {name: states_sent(kind, crossings(*row), HEADS, SIZE, len(slow)).bytes.tolist() for name, row in rows.items()}
+    return {name: states_sent(case.kind, crossings(*row), HEADS, SIZE, slow).bytes.tolist() for name, row in rows.items()}
 
 
 def on_rank(place: Place, cases: list[Case], whole: int) -> list[dict[str, int]]:

@@ -60,7 +60,11 @@ def states_sent(kind: str, crossing: Crossings, heads: int, size: int, slow: int
     gather      2 (CP-1) S                                            one step
     transpose   2 (S - S_r) + 2 (CP-1) S_r                            two; S_r: the share of rank r, S / CP as near as rows divide
     pruned      near S + given (F - F_r), then (taken by others) F_r  F: the state's slow heads; nothing where no document crosses
+    auto        for this row the one of these that sends least, all ranks together; the first of those that send as little
     """
+    if kind == "auto":
+        each = [states_sent(one, crossing, heads, size, slow) for one in ("gather", "transpose", "pruned")]
+        return min(each, key=lambda sent: sent.bytes.sum())
     ranks, row = len(crossing.near), size * FP32
     if kind == "gather":
         return Sent(bytes=np.full(ranks, 2 * (ranks - 1) * heads * size * row), steps=1)

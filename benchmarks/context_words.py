@@ -27,7 +27,7 @@ def tables(
         "",
         "LASP-2 is its published all-gather (arXiv 2502.07563): ranks hold the sequence in order and send one state each, (CP-1) S. Ours "
         "(gather) sends two, since zigzag gives a rank two pieces, for the sake of softmax layers' balance. pruned leaves out what has "
-        "decayed to 0.0 in fp32; auto takes for each layer what sends least.",
+        "decayed to 0.0 in fp32; auto takes for each row and layer what sends least.",
     ]
     for name in rows:
         what = f"a packed row of {packed} documents of 8K to 128K tokens" if name == "packed" else "one document"

@@ -31,7 +31,7 @@ class Layout:
     key_value: int = 1
     """Of the `context` ranks, so many neighbours (of one node) share out the key-value heads; the ring runs over the rest."""
     exchange: Exchange = "auto"
-    """How lightning layers pass states between context ranks; auto: what sends the fewest bytes."""
+    """How lightning layers pass states between context ranks; auto: for each row and layer what sends the fewest bytes."""
     decay_cut: float = 104.0
     """A state passes on beyond the next piece only in heads whose decay over a piece is more than exp(-decay_cut); at 104 what is left
     out is 0.0 in fp32. Of the pruned exchange."""

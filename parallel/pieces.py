@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from parallel.once import Remembers
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -27,7 +29,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class Pieces(Remembers):
     """One row's documents and who holds what. `bounds` is cu_seqlens; `owners[p]` is the rank that holds piece p."""
 
     bounds: tuple[int, ...]
@@ -95,6 +97,12 @@ class Pieces:
     def first(self) -> tuple[int, ...]:
         """For each piece p the piece in which the document of its first token begins; p itself where a document begins with p."""
         return tuple(self.begin(piece * self.length) // self.length for piece in range(len(self.owners)))
+
+    def joined(self, degree: int) -> "Pieces":
+        """The same row shared out over groups of `degree` neighbouring ranks."""
+        if degree == 1:
+            return self
+        return self.once(("joined", degree), lambda: Pieces(self.bounds, tuple(owner // degree for owner in self.owners)))
 
     def cut(self, whole: Tensor, rank: int) -> Tensor:
         """The rank's tokens, piece after piece: `[T, ...]` -> `[T / CP, ...]`."""

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from parallel.collectives import Channel, Pending
 from parallel.heads import split_heads, split_tokens
 from parallel.pieces import Pieces
-from parallel.ring_plan import Hop, Rectangle, plan_ring
+from parallel.ring_plan import Hop, Plan, Rectangle, plan_ring
 
 
 class PartialAttention(Protocol):
@@ -59,7 +59,7 @@ def ring_attention(
 
 def begin_first_hop(k: Tensor, v: Tensor, pieces: Pieces, channel: Channel) -> Pending | None:
     """Sends keys and values of the first hop on their way, while queries are still being made; None where no rank needs any."""
-    hops = plan_ring(pieces, channel.rank).hops
+    hops = _plan(pieces, channel).hops
     return _begin(hops[0], k.detach(), v.detach(), channel) if hops else None
 
 
@@ -82,11 +82,16 @@ def attention_over_pieces(
         raise ValueError(
             f"the first hop was begun before {key_value.size} key-value ranks had traded heads: leave it to attention_over_pieces"
         )
-    joined = Pieces(pieces.bounds, tuple(owner // key_value.size for owner in pieces.owners))
+    joined = pieces.joined(key_value.size)
     k, v = (split_heads(x, pieces, key_value, ring.rank) for x in (k, v))
     first = first or begin_first_hop(k, v, joined, ring)
     o = ring_attention(split_heads(q, pieces, key_value, ring.rank), k, v, joined, ring, attend, first)
     return split_tokens(o, pieces, key_value, ring.rank)
+
+
+def _plan(pieces: Pieces, channel: Channel) -> Plan:
+    """Made once per row: all softmax layers have the same."""
+    return pieces.once(("ring", channel.rank), lambda: plan_ring(pieces, channel.rank))
 
 
 class _Ring(torch.autograd.Function):
@@ -94,7 +99,7 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, channel: Channel, attend: PartialAttention, first: Pending | None
     ) -> Tensor:
-        plan = plan_ring(pieces, channel.rank)
+        plan = _plan(pieces, channel)
         arriving = first or _begin_next(plan.hops, k, v, channel)
         own, lse = attend.forward(q, k, v, plan.bounds, plan.bounds, True)
         merged = own if plan.alone else own.to(lse.dtype)

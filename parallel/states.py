@@ -12,11 +12,12 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
+from parallel.once import Remembers
 from parallel.pieces import Pieces
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flow:
+class Flow(Remembers):
     """States on their way along the pieces; piece p is the p-th in the order of the flow."""
 
     owners: tuple[int, ...]

@@ -92,8 +92,8 @@ class Recorder:
         return Pending(x.new_zeros((RANKS, *x.shape)), x, None, late=False)
 
     def begin_all_to_all(self, x: Tensor, send: list[int], receive: list[int], name: str) -> Pending:
-        self._note(name, send)
-        return Pending(x.new_zeros(sum(receive)), x, None, late=False)
+        self._note(name, [rows * SIZE for rows in send])
+        return Pending(x.new_zeros((sum(receive), *x.shape[1:])), x, None, late=False)
 
 
 def states_sent(exchange: Exchange, flow: Flow) -> dict[str, list[list[float]]]:

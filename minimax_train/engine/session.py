@@ -51,6 +51,8 @@ def session(device: Device = "cpu", layout: Layout | None = None, place: Place |
             stack.enter_context(plain_gathers())
         else:
             torch.cuda.set_device(place.local_rank)
+            stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
+            torch.backends.cuda.matmul.allow_tf32 = False  # NVIDIA's containers switch it on: states and scores would keep 10 bits
         stack.enter_context(joined(place, "gloo" if device == "cpu" else "nccl"))
         groups = make_groups(layout, late=late)
         stack.callback(_forget_groups)

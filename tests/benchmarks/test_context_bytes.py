@@ -43,9 +43,19 @@ def test_documents_only_ever_prune(context_bytes: Any) -> None:
             {x["scheme"]: x for x in (*context_bytes.states(b, ranks), *context_bytes.keys_values(b, ranks))}
             for b in context_bytes.rows().values()
         )
-        for scheme in ("pruned", "ring"):
+        for scheme in ("pruned", "auto", "ring"):
             assert packed[scheme]["mean"] < one[scheme]["mean"]
             assert packed[scheme]["steps"] <= one[scheme]["steps"]
+
+
+def test_documents_of_one_length(context_bytes: Any) -> None:
+    """64 ranks, documents of 32K and of 8K, a piece: auto is pruned there, and where no document crosses nothing is sent in no step."""
+    for length, most in ((32_768, 9.6e6), (8192, 0.0)):
+        by = {one["scheme"]: one for one in context_bytes.states(tuple(range(0, context_bytes.TOKENS + 1, length)), 64)}
+        assert by["auto"]["mean"] == by["pruned"]["mean"] <= most
+        assert by["auto"]["steps"] == by["pruned"]["steps"]
+        assert by["auto"]["transposed_layers"] == 0
+    assert by["auto"]["steps"] == 0
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

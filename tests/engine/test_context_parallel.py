@@ -1,20 +1,25 @@
 """Context parallelism in all its forms changes nothing, over twenty steps; test_layouts has it beside the other kinds of layout."""
 
 import itertools
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from minimax_train.engine.session import session
 from minimax_train.model.row import Row
+from minimax_train.train.rows import to_row
 from parallel.collectives import all_sum
 from parallel.layout import Layout
+from parallel.pieces import cut_row
 from parallel.testing import run_ranks
 from parallel.world import Place
-from tests.engine.equality import Outcome, hybrid, same, train_on
+from tests.engine.equality import Outcome, hybrid, packed, same, train_on
 from tests.parallel.packings import ROWS
 from tests.support import little_plan
 
@@ -45,11 +50,18 @@ def test_two_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) ->
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(context=4, exchange="pruned", owners="balanced"), Layout(context=4, key_value=2), Layout(context=2, tensor=2)],
-    ids=["pruned balanced", "two levels", "tensor2"],
+    [Layout(context=4), Layout(context=4, exchange="pruned", owners="balanced"), Layout(context=4, key_value=2)],
+    ids=["auto", "pruned balanced", "two levels"],
 )
 def test_four_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) -> None:
-    same(run_ranks(4, train, corpus, layout, {})[3], one_rank)
+    """And they report how unevenly softmax attention's work was shared out, the mean over the batch's rows."""
+    ours = run_ranks(4, train, corpus, layout, {})[3]
+    same(ours, one_rank)
+    uneven = [cut_row(bounds, 4, layout.owners).imbalance() for bounds in PACKINGS]
+    assert max(uneven) > 1.4 or layout.owners == "balanced"
+    for step, report in enumerate(ours.reports):
+        rows = [uneven[row % len(uneven)] for row in (2 * step, 2 * step + 1)]
+        assert report.imbalance == pytest.approx(sum(rows) / 2)
 
 
 @pytest.mark.slow
@@ -101,6 +113,37 @@ def test_bf16_follows_one_rank(corpus: Path) -> None:
     for a, b in zip(two.reports, one.reports, strict=True):
         assert a.loss == pytest.approx(b.loss, rel=2e-3)
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=5e-2)
+
+
+BAD_ROWS: dict[str, tuple[int, ...]] = {
+    r"cu_seqlens ends at 60 in a row of 62 tokens": (0, 60),
+    r"cu_seqlens ends at 64 in a row of 62 tokens": (0, 60, 64),
+    r"cu_seqlens is \[\]; it must begin with 0": (),
+    r"cu_seqlens is \[0, 50, 40, 62\]; it must begin with 0 and never fall": (0, 50, 40, 62),
+    r"cu_seqlens is \[4, 62\]; it must begin with 0": (4, 62),
+}
+"""For 62 tokens, which two ranks fill up to 64."""
+
+
+def refused(place: Place) -> list[str]:
+    row, said = packed((0, 62), 0), []
+    with session(layout=Layout(context=2), place=place) as joined:
+        filled = to_row(row, joined)
+        assert filled.pieces.bounds == (0, 62, 64)
+        assert len(filled.tokens) == 32
+        for bounds in BAD_ROWS.values():
+            with pytest.raises(ValueError, match="^[^\n]*$") as refusal:
+                to_row(replace(row, cu_seqlens=np.array(bounds, np.int32)), joined)
+            said.append(str(refusal.value))
+    return said
+
+
+def test_documents_that_do_not_fit_the_row_are_refused_on_every_rank() -> None:
+    """Also where the row is filled up: what is missing is no document that anybody packed."""
+    first, second = run_ranks(2, refused)
+    assert first == second
+    for said, words in zip(first, BAD_ROWS, strict=True):
+        assert re.search(words, said), said
 
 
 def test_what_the_ranks_cannot_share_is_refused(corpus: Path) -> None:

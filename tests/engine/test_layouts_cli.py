@@ -20,6 +20,8 @@ def losses(run: Path, corpus: Path, *options: str) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     found = [line[kind] for kind in ("loss", "validation_loss") for line in lines if kind in line]
     assert len(found) == STEPS + 2
+    split = "layout.context=2" in options
+    assert all((1 < line["context_imbalance"] < 2) if split else line["context_imbalance"] == 1 for line in lines if "loss" in line)
     return found
 
 

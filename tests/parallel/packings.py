@@ -15,18 +15,21 @@ ROWS: dict[str, tuple[int, ...]] = {
     "short": tuple(range(0, 97, 4)),
 }
 """Name -> cu_seqlens of 96 tokens."""
+EMPTY = (0, 0, 12, 12, 12, 35, 35, 60, 96, 96)
+"""Empty documents at both ends of the row, on a border of pieces and inside a piece."""
 
 
 @st.composite
 def packings(draw: st.DrawFn) -> tuple[int, ...]:
-    """cu_seqlens of 96 tokens: few or many documents, some of one token, no empty ones."""
+    """cu_seqlens of 96 tokens: few or many documents, some of one token, some empty."""
     borders = draw(st.sets(st.integers(1, TOKENS - 1), max_size=12))
     near = draw(st.sets(st.sampled_from([b + d for b in range(6, TOKENS - 6, 6) for d in (-1, 0, 1)]), max_size=6))
-    return (0, *sorted(borders | near), TOKENS)
+    empty = draw(st.lists(st.sampled_from(sorted({0, *borders, *near, TOKENS})), max_size=2))
+    return (0, *sorted([*borders, *near, *empty]), TOKENS)
 
 
 def drawn(number: int) -> list[tuple[int, ...]]:
-    """`number` packings, always the same: ranks are started once for all of them."""
+    """The rows above and `number` packings more, always the same: ranks are started once for all of them."""
     from hypothesis import HealthCheck, Phase, given, settings
 
     rows: list[tuple[int, ...]] = []
@@ -37,4 +40,4 @@ def drawn(number: int) -> list[tuple[int, ...]]:
         rows.append(row)
 
     collect()
-    return list(itertools.chain(ROWS.values(), rows))
+    return list(itertools.chain(ROWS.values(), [EMPTY], rows))

@@ -290,6 +290,36 @@ def test_two_levels() -> None:
             assert all(torch.equal(a, b) for a, b in zip(result[0][c].parts, result[1][c].parts, strict=True))
             # half of each token's heads go to the neighbour and come back: q, k, v and o, forward and backward
             assert result[0][c].bytes["heads"] == 2 * 12 * (2 * HEADS + 2 * case.groups) // 2 * SIZE * 8
+        rows = rows_sent(case.pieces(4).joined(2))  # of the two nodes, with half the key-value heads
+        for rank, result in enumerate(ran.results):
+            row, ring_rank = 2 * (case.groups // 2) * SIZE * 8, rank // 2
+            back = sum(sent[(ring_rank - hop) % 2] for hop, sent in rows.items())
+            assert result[0][c].bytes[KEYS_VALUES] == 2 * row * sum(sent[ring_rank] for sent in rows.values())
+            assert result[0][c].bytes[GRADIENTS] == row * back
+    assert any(ran.results[0][0][c].bytes[KEYS_VALUES] for c in range(len(cases)))
+
+
+def plans_made(place: Place, key_value: int) -> int:
+    """In three layers, forward and backward, over one row; the first layer's first hop is begun by the caller where it may be."""
+    from minimax_train.engine.session import session
+    from parallel import ring as module
+
+    attend, made = partial_attention("sdpa", device=torch.device("cpu"), dtype=torch.float32, head_size=SIZE), []
+    with session(layout=Layout(context=place.size, key_value=key_value), place=place) as joined, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan_ring", lambda *row: (made.append(row), plan_ring(*row))[1])
+        groups, case = joined.groups, Case(bounds=(0, 10, 8 * LENGTH))
+        pieces = case.pieces(place.size)
+        q, k, v, _ = (pieces.cut(x, place.rank).contiguous().requires_grad_() for x in case.inputs(torch.float32))
+        for _ in range(3):
+            first = module.begin_first_hop(k, v, pieces, groups.ring) if key_value == 1 else None
+            o = module.attention_over_pieces(q, k, v, pieces, groups.key_value, groups.ring, attend, first)
+            o.sum().backward()
+    return len(made)
+
+
+@pytest.mark.parametrize("key_value", [1, 2])
+def test_the_plan_is_made_once_per_row(key_value: int) -> None:
+    assert run_ranks(4, plans_made, key_value) == [1] * 4
 
 
 def refusals(place: Place) -> list[str]:
