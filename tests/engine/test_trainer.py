@@ -166,7 +166,7 @@ def gathers(place: Place, corpus: Path) -> tuple[list[bool], bool, bool]:
             assert not pending()
             return any(not torch.equal(p, old) for p, old in zip(trainer.decoder.parameters(), before, strict=True))
 
-        source = TrainingRows(TokenDataset.open(plan.data.train), seed=1, length=64)
+        source = LittleRows(plan.data.train)
         rows = [to_row(source.row(place.rank), joined)]
         trainer.step(rows, 1e-3)
         hook = trainer.decoders[0].blocks["0"].register_forward_hook(lambda *_: under_way.append(pending()))
