@@ -35,6 +35,7 @@ bench: setup
 	$(BIN)/python benchmarks/context_trace.py
 	$(BIN)/python benchmarks/long_context.py
 	$(BIN)/python benchmarks/expert_overlap.py
+	$(BIN)/python benchmarks/data_prepare.py
 
 bench-gpu: setup
 	$(BIN)/python -m pytest -m gpu

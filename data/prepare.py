@@ -1,35 +1,28 @@
 """From documents to a token dataset on disk: shard by shard, by several processes, all or nothing."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import reduce
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from data.assemble import put_together, tools_of
 from data.commit import existing, finish_commit, staged
 from data.corpus import Document, Source, Undecodable, find_sources
-from data.dataset import TokenDataset, check_ids
+from data.dataset import TokenDataset
 from data.encoder import WORTH_IT, Choice, Encoder, ReferenceEncoder, choose_encoder
-from data.format import Sidecar, SourceRecord, add_histograms, checksum_of, file_of, index_parts, length_histogram, token_dtype
+from data.format import Sidecar, file_of
 from data.partial import Partial, partial
-from data.place import Place, names_of
+from data.place import Place
 from data.progress import Progress
 from data.reading import Bad, Batch, Record, read
 from data.sample import sample_texts, text_hashes
-from data.shard import NAMED, Columns, Facts, files_of, read_columns, write_shard
+from data.shard import Facts, write_shard
 from data.slices import SLICE, Slice, cut
 from data.tokenizer import Tokenizer
 from data.workers import each
 
 MEMORY_BATCH = 1 << 20
 """Characters of documents in memory that are encoded at once."""
-
-HASHES = 1 << 24
-"""Hashes of texts held at once while duplicates are counted."""
 
 
 def prepare(
@@ -70,7 +63,7 @@ def prepare(
             return there
         chosen = choose_encoder(tokenizer, lambda: sample_texts(sources, key, room.folder), size=size, choice=encoder, say=progress.say)
         shards = _encode(sources, tokenizer, chosen, room, progress, key=key, skip_bad=skip_bad, workers=workers)
-        return _put_together(room, shards, tokenizer, chosen.name)
+        return put_together(room, shards, tokenizer, chosen.name)
 
 
 def write_dataset(documents: Iterable[Document | Undecodable], tokenizer: Tokenizer, prefix: Path, *, progress: Progress) -> Sidecar:
@@ -81,7 +74,7 @@ def write_dataset(documents: Iterable[Document | Undecodable], tokenizer: Tokeni
     encoder = ReferenceEncoder(tokenizer)
     with staged(prefix) as folder:
         facts = write_shard(folder, 0, _records(documents, progress), encoder, tokenizer, given="", skip_bad=True)
-        return _put_together(Partial(folder, prefix), [facts], tokenizer, encoder.name)
+        return put_together(Partial(folder, prefix), [facts], tokenizer, encoder.name)
 
 
 def _encode(
@@ -120,75 +113,6 @@ def _encode(
     return [finished[number] for number in range(len(finished))]
 
 
-def _put_together(room: Partial, shards: list[Facts], tokenizer: Tokenizer, encoder: str) -> Sidecar:
-    """The shards as one dataset at PREFIX, after a look at what is on disk now, not at what we meant to write."""
-    dtype = token_dtype(tokenizer.vocabulary)
-    if not sum(facts.documents for facts in shards):
-        empty, bad = sum(facts.empty for facts in shards), sum(facts.bad for facts in shards)
-        raise ValueError(f"{room.prefix}: no text to prepare ({empty} empty documents, {bad} that could not be read)")
-
-    def columns() -> Iterator[Columns]:
-        for facts in shards:
-            yield read_columns(files_of(room.folder, facts.number)[1])
-
-    room.join(len(shards))
-    with file_of(room.stage, ".idx").open("wb") as index:
-        index.writelines(index_parts(lambda: (part.lengths for part in columns()), dtype))
-    file_of(room.stage, tokenizer.suffix).write_bytes(tokenizer.content)
-    digest = xxhash.xxh3_128()
-    for part in columns():
-        digest.update(part.hashes.tobytes())
-    named = [pair for facts in shards for pair in facts.named][:NAMED]
-    longest = max(shards, key=lambda facts: facts.longest_tokens)  # the first of several
-    sidecar = Sidecar(
-        tool=_tool(tokenizer.library),
-        source=digest.hexdigest(),
-        tokenizer_sha256=tokenizer.sha256,
-        vocabulary=tokenizer.vocabulary,
-        eod=tokenizer.eod,
-        dtype=dtype.name,
-        documents=sum(facts.documents for facts in shards),
-        tokens=sum(facts.tokens for facts in shards),
-        largest_token=max(tokenizer.eod, *(facts.largest_token for facts in shards)),
-        empty=sum(facts.empty for facts in shards),
-        duplicates=_duplicates(columns),
-        skipped=tuple(f"{name}: {why}" for name, (_, why) in zip(names_of(place for place, _ in named), named, strict=True)),
-        longest_document=longest.longest.name(),
-        longest_tokens=longest.longest_tokens,
-        length_histogram=reduce(add_histograms, (length_histogram(part.lengths) for part in columns()), ()),
-        files={suffix: checksum_of(file_of(room.stage, suffix)) for suffix in (".bin", ".idx", tokenizer.suffix)},
-        bad=sum(facts.bad for facts in shards),
-        eod_token=tokenizer.eod_token,
-        encoder=encoder,
-        sources=_sources(shards),
-    )
-    file_of(room.stage, ".json").write_text(sidecar.dump())
-    check_ids(TokenDataset.open(room.stage))
-    room.commit()
-    return sidecar
-
-
-def _duplicates(columns: Callable[[], Iterable[Columns]]) -> int:
-    """Texts equal to an earlier one, by 64-bit hash; empty texts are not counted. Holds about HASHES hashes at once."""
-    total = sum(len(part.hashes) for part in columns())
-    groups = -(-total // HASHES)
-    empty = xxhash.xxh3_64_intdigest(b"")
-    found = 0
-    for group in range(groups):
-        parts = [part.hashes[(part.hashes % groups == group) & (part.hashes != empty)] for part in columns()]
-        hashes: NDArray[Any] = np.concatenate(parts)
-        found += len(hashes) - len(np.unique(hashes))
-    return found
-
-
-def _sources(shards: list[Facts]) -> tuple[SourceRecord, ...]:
-    totals: dict[str, tuple[int, int]] = {}
-    for facts in shards:
-        documents, tokens = totals.get(facts.given, (0, 0))
-        totals[facts.given] = (documents + facts.documents, tokens + facts.tokens)
-    return tuple(SourceRecord(given=given, documents=documents, tokens=tokens) for given, (documents, tokens) in totals.items())
-
-
 def _records(documents: Iterable[Document | Undecodable], progress: Progress) -> Iterator[Record]:
     """Documents in memory as `reading` gives them from files."""
     batch: list[Document] = []
@@ -221,7 +145,7 @@ def _work(sources: Sequence[Source], tokenizer: Tokenizer, key: str, skip_bad: b
         "tokenizer": f"{tokenizer.sha256} {tokenizer.eod}",
         "key": key,
         "skip_bad": str(skip_bad),
-        "versions": f"{_tool(tokenizer.library)}, slices of {SLICE}",
+        "versions": f"{tools_of(tokenizer.library)}, slices of {SLICE}",
     }
 
 
@@ -248,14 +172,3 @@ def _refuse_output_among_inputs(prefix: Path, inputs: Iterable[str | Path]) -> N
     for given in map(Path, inputs):
         if given.is_dir() and target.is_relative_to(given.resolve()):
             raise ValueError(f"{prefix}: lies inside the input directory {given}; choose a prefix elsewhere")
-
-
-def _tool(library: str) -> str:
-    return ", ".join(f"{name} {_version(name)}" for name in ("minimax-train", library))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "(not installed)"

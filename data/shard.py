@@ -1,7 +1,7 @@
 """A shard: the ids of one slice, on disk together with what is known of its documents, or not at all."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -228,13 +228,3 @@ def _with_ends(ids: NDArray[np.uint32], lengths: NDArray[np.int64], eod: int, dt
     out[text] = ids
     out[ends] = eod
     return out
-
-
-def batches_of(texts: Sequence[str], places: Sequence[Place], most: int) -> Iterable[Batch]:
-    """Texts in memory as batches of about `most` characters."""
-    begin, size = 0, 0
-    for number, text in enumerate(texts, start=1):
-        size += len(text)
-        if size >= most or number == len(texts):
-            yield Batch(texts=list(texts[begin:number]), places=places[begin:number])
-            begin, size = number, 0

@@ -129,7 +129,7 @@ class Small:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_text, "AROUND", 12)
     monkeypatch.setattr(long_text, "WINDOW", 40)
-    monkeypatch.setattr(long_text, "MOST", 500)
+    monkeypatch.setattr(long_text, "MOST", 2000)
 
 
 @pytest.fixture(scope="module")

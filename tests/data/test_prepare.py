@@ -192,7 +192,7 @@ def big(tmp_path: Path, tokenizer: Tokenizer) -> list[str]:
 @pytest.mark.parametrize("limit", [1_000_000, 20_000])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, big: list[str], limit: int) -> None:
     """No file may grow beyond the limit: the operating system itself refuses the write, in .bin (its buffer is 8 KiB or a batch)."""
-    result = subprocess.run([*big, str(limit)], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([*big, str(limit)], capture_output=True, text=True, timeout=200)
     assert (result.returncode, result.stdout.strip()) == (1, f"OSError {errno.EFBIG}"), result.stderr
     assert names(tmp_path / "out") == []
 
