@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.format import SUFFIXES, file_of
+from data.format import SUFFIXES, Sidecar, checksum_of, file_of
 
 
 @contextmanager
@@ -55,6 +55,29 @@ def commit_files(stage: Path, prefix: Path, *, suffixes: Sequence[str] = SUFFIXE
         for path in reversed(placed):
             path.unlink(missing_ok=True)
         raise
+
+
+def finish_commit(stage: Path, prefix: Path) -> Sidecar | None:
+    """Takes up a commit that was interrupted by a kill: the sidecar of what is now at PREFIX, or None where the files are not all there."""
+    if not file_of(stage, ".json").is_file():
+        return None
+    try:
+        sidecar = Sidecar.load(file_of(stage, ".json"))
+    except ValueError:
+        return None
+    for suffix, record in sidecar.files.items():
+        path = file_of(stage if file_of(stage, suffix).exists() else prefix, suffix)
+        if not path.is_file() or checksum_of(path) != record:
+            return None
+    for path in existing(prefix):
+        if path not in {file_of(prefix, suffix) for suffix in sidecar.files}:
+            path.unlink()
+    for suffix in (*sidecar.files, ".json"):
+        if file_of(stage, suffix).exists():
+            sync(file_of(stage, suffix))
+            file_of(stage, suffix).rename(file_of(prefix, suffix))
+    sync(prefix.parent)
+    return sidecar
 
 
 def commit_folder(stage: Path, target: Path) -> bool:

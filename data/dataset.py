@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 
 
 class TokenDataset:
-    """Documents of token ids on disk, each ending with the end-of-document id.
+    """Documents of token ids on disk, each ending with the end-of-document id (see `adopt` for files of Megatron's own tool).
 
     `lengths` (int64 [D]) are tokens per document, `offsets` (int64 [D+1]) the places in `stream` where documents start (the last: where
     the stream ends), `stream` ([N], the file's own dtype, read-only, memory-mapped) all documents one after the other.
@@ -38,6 +38,7 @@ class TokenDataset:
             _check_size(file_of(prefix, suffix), record)
         index = file_of(prefix, ".idx")
         dtype, lengths = parse_index(index.read_bytes(), index)
+        lengths = lengths[lengths > 0] if len(lengths) != sidecar.documents else lengths  # an adopted file may hold documents of nothing
         if dtype.name != sidecar.dtype:
             raise ValueError(f"{index}: says {dtype.name}, {prefix}.json says {sidecar.dtype}; prepare the dataset again")
         found = (len(lengths), int(lengths.sum()), int(lengths.sum()) * dtype.itemsize)
@@ -78,8 +79,12 @@ class TokenDataset:
 
     @property
     def tokenizer_file(self) -> Path:
-        """The copy of the tokenizer.json that made the ids."""
-        return file_of(self.prefix, ".tokenizer.json")
+        """The copy of the tokenizer that made the ids."""
+        return file_of(self.prefix, next(suffix for suffix in self.sidecar.files if suffix.startswith(".tokenizer")))
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids."""
+        return load_tokenizer(self.tokenizer_file, eod=self.sidecar.eod_token or None)
 
     def tokens(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
         """Ids of one document from `start` to `stop` (clipped to its length), int64 [stop - start]. ValueError: no such document."""
@@ -94,18 +99,26 @@ class TokenDataset:
             yield self.stream[start : start + BLOCK]
 
 
-def verify(prefix: str | Path) -> TokenDataset:
+def verify(prefix: str | Path, *, tokenizer: Tokenizer | None = None) -> TokenDataset:
     """Opens PREFIX and reads all of it: checksums, pointers, ids below the vocabulary, one end-of-document id per document, at its end.
 
-    Raises ValueError at the first thing that does not hold.
+    Raises ValueError at the first thing that does not hold, or when `tokenizer` is not the one that made the ids.
     """
     dataset = TokenDataset.open(prefix, checksums=True)
+    if tokenizer is not None and tokenizer.sha256 != dataset.sidecar.tokenizer_sha256:
+        raise ValueError(
+            f"{dataset.prefix}: made with another tokenizer (sha256 {dataset.sidecar.tokenizer_sha256[:16]}..., a copy is "
+            f"{dataset.tokenizer_file.name}; the one given is {tokenizer.sha256[:16]}...): name that one, or prepare the texts again"
+        )
     check_ids(dataset)
     return dataset
 
 
 def check_ids(dataset: TokenDataset) -> None:
-    """Raises ValueError unless 0 <= id < vocabulary throughout and the end-of-document id stands at every document's end and only there."""
+    """Raises ValueError unless 0 <= id < vocabulary throughout and the end-of-document id stands at every document's end and only there.
+
+    In an adopted file it may stand inside documents, as often as the sidecar says.
+    """
     name = file_of(dataset.prefix, ".bin")
     ends = 0
     for block in dataset.blocks():
@@ -113,52 +126,14 @@ def check_ids(dataset: TokenDataset) -> None:
         if low < 0 or high >= dataset.vocabulary:
             raise ValueError(f"{name}: token {high if low >= 0 else low}, expected 0 to {dataset.vocabulary - 1} (the vocabulary)")
         ends += int(np.count_nonzero(block == dataset.eod))
-    if ends != dataset.documents:
-        raise ValueError(f"{name}: the end-of-document id {dataset.eod} occurs {ends} times, expected {dataset.documents} (one a document)")
+    expected, inner = dataset.documents + dataset.sidecar.inner_ends, dataset.sidecar.inner_ends
+    if ends != expected:
+        meaning = f"one a document and {inner} inside" if inner else "one a document"
+        raise ValueError(f"{name}: the end-of-document id {dataset.eod} occurs {ends} times, expected {expected} ({meaning})")
     last = dataset.stream[dataset.offsets[1:] - 1]
     if (last != dataset.eod).any():
         at = int(np.flatnonzero(last != dataset.eod)[0])
         raise ValueError(f"{name}: document {at} ends with {last[at]}, expected the end-of-document id {dataset.eod}")
-
-
-def inspect(prefix: str | Path, *, samples: int = 3, sample_tokens: int = 60) -> str:
-    """A page about PREFIX for a person: counts, length histogram, a few documents' beginnings decoded. Raises ValueError as `open`."""
-    dataset = TokenDataset.open(prefix)
-    tokenizer = load_tokenizer(dataset.tokenizer_file)
-    return "\n".join([*_counts(dataset), "", *_histogram(dataset), "", *_samples(dataset, tokenizer, samples, sample_tokens)])
-
-
-def _counts(dataset: TokenDataset) -> list[str]:
-    side = dataset.sidecar
-    lines = [
-        f"{dataset.prefix}",
-        f"  documents   {side.documents:,} ({side.empty:,} empty left out, {side.duplicates:,} duplicates kept)",
-        f"  tokens      {side.tokens:,} as {side.dtype}, {side.files['.bin'].bytes:,} bytes",
-        f"  longest     {side.longest_tokens:,} tokens: {side.longest_document}",
-        f"  vocabulary  {side.vocabulary:,} (largest id used {side.largest_token:,}), end of document {side.eod}",
-        f"  tokenizer   sha256 {side.tokenizer_sha256}",
-        f"  fingerprint {side.fingerprint}, written by {side.tool}",
-        f"  not UTF-8   {len(side.skipped):,} files left out",
-    ]
-    return lines + [f"    {name}" for name in side.skipped]
-
-
-def _histogram(dataset: TokenDataset) -> list[str]:
-    rows = dataset.sidecar.length_histogram
-    most = max(tokens for _, _, tokens in rows)
-    lines = [f"  {'length below':>14} {'documents':>12} {'tokens':>16}"]
-    for below, documents, tokens in rows:
-        lines.append(f"  {below:>14,} {documents:>12,} {tokens:>16,}  {'#' * round(40 * tokens / most)}".rstrip())
-    return lines
-
-
-def _samples(dataset: TokenDataset, tokenizer: Tokenizer, samples: int, sample_tokens: int) -> list[str]:
-    lines = []
-    count = min(samples, dataset.documents)
-    for document in np.linspace(0, dataset.documents - 1, num=count, dtype=np.int64).tolist():
-        text = tokenizer.decode(dataset.tokens(document, 0, sample_tokens).tolist())
-        lines.append(f"  document {document:,} ({dataset.lengths[document]:,} tokens): {text!r}")
-    return lines
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

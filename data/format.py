@@ -2,14 +2,15 @@
 
 `.bin` is the token ids of all documents, one after the other, without a header. `.idx` is little-endian without padding: magic (9 bytes),
 version (u64), dtype code (u8), sequence count S (u64), document count D + 1 (u64), then S lengths in tokens (i32), S byte offsets (i64)
-and D + 1 document ends counted in sequences (i64). We write one sequence per document, so S = D.
+and D + 1 document ends counted in sequences (i64). We write one sequence per document, so S = D, but for documents of more tokens than a
+length can say: those are several sequences of LONGEST_SEQUENCE tokens and the rest.
 Source: megatron-core 0.16.1, core/datasets/indexed_dataset.py. It opens a file whose lengths, offsets or tokens were damaged; we do not.
 """
 
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ INDEX_VERSION = 1
 HEAD = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 DTYPES_WRITTEN = ("uint16", "int32")
-SIDECAR_FORMAT = 1
-SUFFIXES = (".bin", ".idx", ".tokenizer.json", ".json")
-"""In the order in which they are put in place: a dataset without its sidecar does not exist."""
+SIDECAR_FORMAT = 2
+SUFFIXES = (".bin", ".idx", ".tokenizer.json", ".tokenizer.model", ".json")
+"""In the order in which they are put in place (one tokenizer or the other): a dataset without its sidecar does not exist."""
+
+LONGEST_SEQUENCE = 2**31 - 1
+"""Most tokens of a sequence."""
 
 BLOCK = 1 << 22
 """Bytes, or tokens, handled at once when a whole file is gone through."""
@@ -41,16 +45,68 @@ def token_dtype(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocabulary < 65_500 else np.int32)
 
 
-def index_parts(lengths: NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """The bytes of an `.idx` for documents of `lengths` tokens (int32 [D]), in a few parts."""
-    yield HEAD.pack(MAGIC, INDEX_VERSION, DTYPE_CODES[dtype.name], len(lengths), len(lengths) + 1)
-    yield lengths.astype("<i4").tobytes()
-    yield ((np.cumsum(lengths, dtype=np.int64) - lengths) * dtype.itemsize).astype("<i8").tobytes()
-    yield np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+def index_parts(lengths: Callable[[], Iterable[NDArray[np.int64]]], dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """The bytes of an `.idx`, in parts. `lengths()` gives the documents' tokens (int64 [D], each at least 1) in parts, each time anew."""
+    counts = [(len(part), int(_sequences(part).sum())) for part in lengths()]
+    documents, sequences = sum(count for count, _ in counts), sum(count for _, count in counts)
+    yield HEAD.pack(MAGIC, INDEX_VERSION, DTYPE_CODES[dtype.name], sequences, documents + 1)
+    for part in lengths():
+        yield _sequence_lengths(part).astype("<i4").tobytes()
+    begin = 0
+    for part in lengths():
+        sizes = _sequence_lengths(part) * dtype.itemsize
+        yield (begin + np.cumsum(sizes) - sizes).astype("<i8").tobytes()
+        begin += int(sizes.sum())
+    end = np.int64(0)
+    yield end.astype("<i8").tobytes()
+    for part in lengths():
+        ends = end + np.cumsum(_sequences(part))
+        yield ends.astype("<i8").tobytes()
+        end = ends[-1] if len(ends) else end
+
+
+def _sequences(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Into how many sequences documents of these lengths are split."""
+    return -(-lengths // LONGEST_SEQUENCE)
+
+
+def _sequence_lengths(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    counts = _sequences(lengths)
+    if not len(lengths) or counts.max() == 1:
+        return lengths
+    sizes = np.full(int(counts.sum()), LONGEST_SEQUENCE, np.int64)
+    sizes[np.cumsum(counts) - 1] = lengths - (counts - 1) * LONGEST_SEQUENCE
+    return sizes
 
 
 def parse_index(content: bytes, path: Path) -> tuple[np.dtype[Any], NDArray[np.int64]]:
-    """Dtype of the tokens and tokens per document (int64 [D]). Raises ValueError unless every field agrees with every other."""
+    """Dtype of the tokens and tokens per document (int64 [D]). Raises ValueError unless every field agrees with every other.
+
+    A document without a sequence, which Megatron's tool writes for an empty text, has length 0.
+    """
+    dtype, sequences, documents = _parse_head(content, path)
+    lengths = np.frombuffer(content, "<i4", sequences, HEAD.size).astype(np.int64)
+    starts = np.frombuffer(content, "<i8", sequences, HEAD.size + 4 * sequences)
+    ends = np.frombuffer(content, "<i8", documents, HEAD.size + 12 * sequences)
+    if sequences and lengths.min() < 1:
+        at = int(lengths.argmin())
+        raise ValueError(f"{path}: sequence {at} has length {lengths[at]}, expected at least 1; prepare the dataset again")
+    places = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    wrong = np.flatnonzero(starts != places[:-1] * dtype.itemsize)
+    if len(wrong):
+        raise ValueError(f"{path}: sequence {wrong[0]} starts at byte {starts[wrong[0]]}, which the lengths before it contradict")
+    if documents == sequences + 1:  # one sequence per document
+        wrong = np.flatnonzero(ends != np.arange(documents))
+        if len(wrong):
+            raise ValueError(f"{path}: document end {wrong[0]} is {ends[wrong[0]]}, expected {wrong[0]} (one sequence per document)")
+        return dtype, lengths
+    if ends[0] != 0 or ends[-1] != sequences or (np.diff(ends) < 0).any():
+        raise ValueError(f"{path}: document ends do not go from 0 to {sequences}, the number of sequences; prepare the dataset again")
+    return dtype, np.diff(places[ends])
+
+
+def _parse_head(content: bytes, path: Path) -> tuple[np.dtype[Any], int, int]:
+    """Dtype, number of sequences, number of document ends."""
     if len(content) < HEAD.size:
         raise ValueError(f"{path}: {len(content)} bytes, expected at least {HEAD.size}: truncated; prepare the dataset again")
     magic, version, code, sequences, documents = HEAD.unpack_from(content)
@@ -62,25 +118,13 @@ def parse_index(content: bytes, path: Path) -> tuple[np.dtype[Any], NDArray[np.i
     if not names:
         allowed = " or ".join(f"{DTYPE_CODES[name]} ({name})" for name in DTYPES_WRITTEN)
         raise ValueError(f"{path}: dtype code {code}, expected {allowed}")
-    if documents != sequences + 1:
-        raise ValueError(f"{path}: {sequences} sequences and {documents} document ends, expected one more end than sequences")
     expected = HEAD.size + sequences * (4 + 8) + documents * 8
-    if len(content) != expected:
-        raise ValueError(f"{path}: {len(content)} bytes, expected {expected} for {sequences} documents; prepare the dataset again")
-    dtype = np.dtype(names[0])
-    lengths = np.frombuffer(content, "<i4", sequences, HEAD.size).astype(np.int64)
-    starts = np.frombuffer(content, "<i8", sequences, HEAD.size + 4 * sequences)
-    ends = np.frombuffer(content, "<i8", documents, HEAD.size + 12 * sequences)
-    if sequences and lengths.min() < 1:
-        at = int(lengths.argmin())
-        raise ValueError(f"{path}: document {at} has length {lengths[at]}, expected at least 1; prepare the dataset again")
-    wrong = np.flatnonzero(starts != (np.cumsum(lengths) - lengths) * dtype.itemsize)
-    if len(wrong):
-        raise ValueError(f"{path}: document {wrong[0]} starts at byte {starts[wrong[0]]}, which the lengths before it contradict")
-    wrong = np.flatnonzero(ends != np.arange(documents))
-    if len(wrong):
-        raise ValueError(f"{path}: document end {wrong[0]} is {ends[wrong[0]]}, expected {wrong[0]} (one sequence per document)")
-    return dtype, lengths
+    if len(content) != expected or documents < 1:
+        raise ValueError(
+            f"{path}: {len(content)} bytes, expected {expected} for {sequences} sequences and {documents} document ends; "
+            "prepare the dataset again"
+        )
+    return np.dtype(names[0]), sequences, documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +136,22 @@ class FileRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceRecord:
+    """What came of one input argument."""
+
+    given: str
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Sidecar:
     """What PREFIX.json says. `tokens` counts the end-of-document tokens too; lengths are in tokens.
 
-    `source` is the xxh3-128 of all texts in order; `length_histogram` holds (below, documents, tokens) per power of two;
-    `skipped` names the files that were not UTF-8; `duplicates` counts texts equal to an earlier one (they are kept), `empty` those
-    left out because they encode to nothing.
+    `source` is the xxh3-128 of the 64-bit hashes of all texts in order; `length_histogram` holds (below, documents, tokens) per power of
+    two; `bad` counts the documents left out because they could not be read and `skipped` names the first of them; `duplicates` counts
+    texts equal to an earlier one (they are kept), `empty` those left out because they encode to nothing; `inner_ends` counts
+    end-of-document ids inside documents, which only adopted files can have.
     """
 
     tool: str
@@ -116,6 +170,11 @@ class Sidecar:
     longest_tokens: int
     length_histogram: tuple[tuple[int, int, int], ...]
     files: dict[str, FileRecord]
+    bad: int = 0
+    inner_ends: int = 0
+    eod_token: str = ""
+    encoder: str = ""
+    sources: tuple[SourceRecord, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -144,20 +203,36 @@ class Sidecar:
             raise ValueError(f"{path}: its checksum does not hold: damaged or edited; prepare the dataset again")
         histogram = tuple((below, documents, tokens) for below, documents, tokens in fields.pop("length_histogram"))
         files = {suffix: FileRecord(**record) for suffix, record in fields.pop("files").items()}
-        return cls(**{**fields, "skipped": tuple(fields["skipped"])}, length_histogram=histogram, files=files)
+        sources = tuple(SourceRecord(**record) for record in fields.pop("sources"))
+        return cls(**{**fields, "skipped": tuple(fields["skipped"])}, length_histogram=histogram, files=files, sources=sources)
 
 
 def _checksum(fields: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(fields, sort_keys=True).encode())
 
 
-def length_histogram(lengths: NDArray[np.int32] | NDArray[np.int64]) -> tuple[tuple[int, int, int], ...]:
+Histogram = tuple[tuple[int, int, int], ...]
+
+
+def length_histogram(lengths: NDArray[np.int32] | NDArray[np.int64]) -> Histogram:
     """(below, documents, tokens) for each power of two from the shortest to the longest document: below/2 <= length < below."""
     exponents = np.frexp(lengths.astype(np.float64))[1]  # 2**(e-1) <= length < 2**e
     documents = np.bincount(exponents)
     tokens = np.bincount(exponents, weights=lengths)
     used = range(int(exponents.min()), len(documents)) if len(lengths) else range(0)
     return tuple((1 << e, int(documents[e]), int(tokens[e])) for e in used)
+
+
+def add_histograms(one: Histogram, other: Histogram) -> Histogram:
+    """That of both sets of documents."""
+    rows = {below: (documents, tokens) for below, documents, tokens in one}
+    for below, documents, tokens in other:
+        before = rows.get(below, (0, 0))
+        rows[below] = (before[0] + documents, before[1] + tokens)
+    if not rows:
+        return ()
+    used = range(min(rows).bit_length() - 1, max(rows).bit_length())
+    return tuple((1 << e, *rows.get(1 << e, (0, 0))) for e in used)
 
 
 def checksum_of(path: Path) -> FileRecord:

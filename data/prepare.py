@@ -1,24 +1,28 @@
-"""From documents to a token dataset on disk, all or nothing."""
+"""From documents to a token dataset on disk: shard by shard, by several processes, all or nothing."""
 
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
-from data.commit import commit_files, existing, staged
-from data.corpus import Document, Undecodable, find_files, read_documents
-from data.dataset import TokenDataset, check_ids
-from data.format import FileRecord, Sidecar, checksum_of, file_of, index_parts, length_histogram, token_dtype
+from data.assemble import put_together, tools_of
+from data.commit import existing, finish_commit, staged
+from data.corpus import Document, Source, Undecodable, find_sources
+from data.dataset import TokenDataset
+from data.encoder import WORTH_IT, Choice, Encoder, ReferenceEncoder, choose_encoder
+from data.format import Sidecar, file_of
+from data.partial import Partial, partial
+from data.place import Place
 from data.progress import Progress
+from data.reading import Bad, Batch, Record, read
+from data.sample import sample_texts, text_hashes
+from data.shard import Facts, write_shard
+from data.slices import SLICE, Slice, cut
 from data.tokenizer import Tokenizer
+from data.workers import each
 
-BATCH_BYTES = 1 << 20
-"""Text encoded at once. The tokenizer's own records take some hundred bytes per token, so this bounds memory (a document is never cut)."""
+MEMORY_BATCH = 1 << 20
+"""Characters of documents in memory that are encoded at once."""
 
 
 def prepare(
@@ -27,139 +31,125 @@ def prepare(
     prefix: str | Path,
     *,
     key: str = "text",
-    suffixes: Sequence[str] | None = None,
     overwrite: bool = False,
+    skip_bad: bool = False,
+    workers: int = 1,
+    encoder: Choice = "auto",
     quiet: bool = False,
 ) -> Sidecar:
-    """Writes PREFIX.bin, .idx, .tokenizer.json and the sidecar PREFIX.json from text files, directories and JSONL (see `corpus`).
+    """Writes PREFIX.bin, .idx, the tokenizer and the sidecar PREFIX.json from text, JSONL, Parquet and saved datasets (see `corpus`).
 
-    Each document's ids are followed by the end-of-document id, by number: special tokens written in the text stay text. Where PREFIX
-    already holds the same texts by the same tokenizer it says so and returns that sidecar; anything else that stands there is refused with
-    ValueError unless `overwrite`. Bad input raises ValueError, a full disk OSError; in every case nothing half-written stays.
+    Each document's ids are followed by the end-of-document id, by number: special tokens written in the text stay text. The files depend
+    on the input and the tokenizer alone, not on `workers`, nor on interruptions: after a kill the same call goes on with what was finished
+    (see `partial`). Where PREFIX already holds the same texts by the same tokenizer it says so and returns that sidecar; anything else
+    that stands there is refused with ValueError unless `overwrite`. A bad document raises ValueError, with `skip_bad` it is counted; a
+    full disk raises OSError; in both cases nothing stays.
     """
     prefix = Path(prefix)
-    files = find_files(inputs, suffixes=suffixes)
+    if workers < 1:
+        raise ValueError(f"workers {workers}: at least 1 process has to do the work")
+    sources = find_sources(inputs)
     _refuse_output_among_inputs(prefix, inputs)
-    total = sum(file.stat().st_size for file in files)
-    with Progress(f"prepare {prefix}", total, quiet=quiet) as progress:
-        if existing(prefix) and not overwrite:
-            there = _same_work(prefix, tokenizer, read_documents(files, key=key))
+    size = sum(source.size for source in sources)
+    if size < WORTH_IT:
+        workers = 1  # done before others would have started
+    work = _work(sources, tokenizer, key, skip_bad)
+    with Progress(f"prepare {prefix}", size, quiet=quiet) as progress, partial(prefix, work, progress.say) as room:
+        there = finish_commit(room.stage, prefix)
+        if there is None and existing(prefix) and not overwrite:
+            there = _same_work(prefix, tokenizer, sources, key, room.folder)
+        if there is not None:
             progress.say(f"{prefix}: already prepared from the same texts with the same tokenizer")
             return there
-        return write_dataset(read_documents(files, key=key), tokenizer, prefix, progress=progress)
+        chosen = choose_encoder(tokenizer, lambda: sample_texts(sources, key, room.folder), size=size, choice=encoder, say=progress.say)
+        shards = _encode(sources, tokenizer, chosen, room, progress, key=key, skip_bad=skip_bad, workers=workers)
+        return put_together(room, shards, tokenizer, chosen.name)
 
 
 def write_dataset(documents: Iterable[Document | Undecodable], tokenizer: Tokenizer, prefix: Path, *, progress: Progress) -> Sidecar:
-    """Encodes `documents` in order and puts them in place as PREFIX, replacing what stood there. Raises ValueError when none has text."""
-    tally = _Tally()
-    dtype = token_dtype(tokenizer.vocabulary)
+    """Encodes documents in memory, in order, and puts them in place as PREFIX, replacing what stood there; Undecodables are counted.
+
+    Raises ValueError when none has text.
+    """
+    encoder = ReferenceEncoder(tokenizer)
     with staged(prefix) as folder:
-        stage = folder / prefix.name
-        with file_of(stage, ".bin").open("wb") as binary:
-            for batch in _batches(documents, tally):
-                ids = _encode(batch, tokenizer, dtype, tally)
-                binary.write(ids.data)
-                progress.advance(sum(document.size for document in batch))
-        if not tally.lengths:
-            raise ValueError(f"{prefix}: no text to prepare ({tally.empty} empty documents, {len(tally.skipped)} files that are not UTF-8)")
-        with file_of(stage, ".idx").open("wb") as index:
-            index.writelines(index_parts(np.array(tally.lengths, np.int32), dtype))
-        file_of(stage, ".tokenizer.json").write_bytes(tokenizer.content)
-        files = {suffix: checksum_of(file_of(stage, suffix)) for suffix in (".bin", ".idx", ".tokenizer.json")}
-        sidecar = tally.sidecar(tokenizer, dtype, files)
-        file_of(stage, ".json").write_text(sidecar.dump())
-        check_ids(TokenDataset.open(stage))  # what is on disk now, not what we meant to write
-        commit_files(stage, prefix)
-    return sidecar
+        facts = write_shard(folder, 0, _records(documents, progress), encoder, tokenizer, given="", skip_bad=True)
+        return put_together(Partial(folder, prefix), [facts], tokenizer, encoder.name)
 
 
-class _Tally:
-    """What is counted while documents pass by: a few bytes per document."""
+def _encode(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    encoder: Encoder,
+    room: Partial,
+    progress: Progress,
+    *,
+    key: str,
+    skip_bad: bool,
+    workers: int,
+) -> list[Facts]:
+    """Every slice as a shard in `room`; those that are there already are not done again. The shards' facts, in order."""
+    finished = room.finished()
+    if finished:
+        progress.say(f"{room.prefix}: going on after {len(finished)} finished shards")
 
-    def __init__(self) -> None:
-        self.lengths = array("i")
-        self.hashes = array("Q")
-        self.source = xxhash.xxh3_128()
-        self.skipped: list[str] = []
-        self.empty = 0
-        self.largest_token = 0
-        self.longest = ("", 0)
+    def missing() -> Iterator[Slice]:
+        for piece in cut(sources, key=key, room=room.folder, wanted=lambda number: number not in finished):
+            if piece.number in finished:
+                progress.passed(piece.size)
+            else:
+                yield piece
 
-    def read(self, text: str) -> None:
-        """Takes a text into the source's hash and, by 64 bits of its own hash, into the search for duplicates."""
-        content = text.encode()
-        self.source.update(len(content).to_bytes(8, "little"))
-        self.source.update(content)
-        if content:
-            self.hashes.append(xxhash.xxh3_64_intdigest(content))
+    def encode(piece: Slice) -> tuple[Facts, int]:
+        given = piece.parts[0].source.given
+        facts = write_shard(room.folder, piece.number, read(piece, key), encoder, tokenizer, given=given, skip_bad=skip_bad)
+        for path in piece.unpacked:
+            path.unlink()
+        return facts, piece.size
 
-    def written(self, document: Document, length: int) -> None:
-        try:
-            self.lengths.append(length)
-        except OverflowError:
-            raise ValueError(f"{document.source}: {length} tokens; a document of the .idx layout holds at most {2**31 - 1}") from None
-        if length > self.longest[1]:
-            self.longest = (document.source, length)
-
-    def sidecar(self, tokenizer: Tokenizer, dtype: np.dtype[Any], files: dict[str, FileRecord]) -> Sidecar:
-        lengths = np.array(self.lengths, np.int32)
-        return Sidecar(
-            tool=_tool(),
-            source=self.source.hexdigest(),
-            tokenizer_sha256=tokenizer.sha256,
-            vocabulary=tokenizer.vocabulary,
-            eod=tokenizer.eod,
-            dtype=dtype.name,
-            documents=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            largest_token=self.largest_token,
-            empty=self.empty,
-            duplicates=len(self.hashes) - len(np.unique(np.array(self.hashes, np.uint64))),
-            skipped=tuple(self.skipped),
-            longest_document=self.longest[0],
-            longest_tokens=self.longest[1],
-            length_histogram=length_histogram(lengths),
-            files=files,
-        )
+    for facts, size in each(encode, missing(), workers=workers):
+        finished[facts.number] = facts
+        progress.advance(size, facts.tokens)
+    return [finished[number] for number in range(len(finished))]
 
 
-def _batches(documents: Iterable[Document | Undecodable], tally: _Tally) -> Iterator[list[Document]]:
+def _records(documents: Iterable[Document | Undecodable], progress: Progress) -> Iterator[Record]:
+    """Documents in memory as `reading` gives them from files."""
     batch: list[Document] = []
-    size = 0
     for document in documents:
+        if isinstance(document, Document):
+            batch.append(document)
+        if batch and (isinstance(document, Undecodable) or sum(held.size for held in batch) >= MEMORY_BATCH):
+            yield _batch(batch)
+            batch = []
         if isinstance(document, Undecodable):
-            tally.skipped.append(document.source)
-            continue
-        tally.read(document.text)
-        batch.append(document)
-        size += document.size
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
+            yield Bad(place=Place(path=document.source), why="not UTF-8")
+        progress.advance(document.size)
     if batch:
-        yield batch
+        yield _batch(batch)
 
 
-def _encode(batch: list[Document], tokenizer: Tokenizer, dtype: np.dtype[Any], tally: _Tally) -> NDArray[Any]:
-    """Ids of a batch one after the other, each document with its end (dtype, [tokens])."""
-    parts = []
-    for document, ids in zip(batch, tokenizer.encode([document.text for document in batch]), strict=True):
-        if not ids:
-            tally.empty += 1
-            continue
-        part = np.array([*ids, tokenizer.eod], np.int64)
-        if (part[:-1] == tokenizer.eod).any():
-            raise ValueError(
-                f"{document.source}: its text encodes to the end-of-document id {tokenizer.eod} in places, which would end the document "
-                f"there; the tokenizer must mark {tokenizer.eod_token!r} as special, or another end-of-document token must be named"
-            )
-        tally.largest_token = max(tally.largest_token, int(part.max()))
-        tally.written(document, len(part))
-        parts.append(part.astype(dtype))
-    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+def _batch(documents: list[Document]) -> Batch:
+    return Batch(texts=[document.text for document in documents], places=[Place(path=document.source) for document in documents])
 
 
-def _same_work(prefix: Path, tokenizer: Tokenizer, documents: Iterable[Document | Undecodable]) -> Sidecar:
+def _work(sources: Sequence[Source], tokenizer: Tokenizer, key: str, skip_bad: bool) -> dict[str, str]:
+    """What must be the same for shards of an earlier, interrupted call to be of use."""
+    digest = xxhash.xxh3_128()
+    for source in sources:
+        files = sorted(source.path.glob("*")) if source.kind == "dataset" else [source.path]
+        for stat in (path.stat() for path in files):
+            digest.update(f"{source.given}\0{source.path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return {
+        "inputs": digest.hexdigest(),
+        "tokenizer": f"{tokenizer.sha256} {tokenizer.eod}",
+        "key": key,
+        "skip_bad": str(skip_bad),
+        "versions": f"{tools_of(tokenizer.library)}, slices of {SLICE}",
+    }
+
+
+def _same_work(prefix: Path, tokenizer: Tokenizer, sources: Sequence[Source], key: str, room: Path) -> Sidecar:
     """The sidecar of what stands at PREFIX when it is this very work; else ValueError."""
     names = ", ".join(path.name for path in existing(prefix))
     choice = "choose another prefix, remove it, or overwrite it"
@@ -171,11 +161,7 @@ def _same_work(prefix: Path, tokenizer: Tokenizer, documents: Iterable[Document 
         raise ValueError(f"{prefix} exists and is damaged ({error}): {choice}") from None
     if (there.tokenizer_sha256, there.eod) != (tokenizer.sha256, tokenizer.eod):
         raise ValueError(f"{prefix} exists, prepared with another tokenizer: {choice}")
-    tally = _Tally()
-    for document in documents:
-        if isinstance(document, Document):
-            tally.read(document.text)
-    if there.source != tally.source.hexdigest():
+    if there.source != text_hashes(sources, key, room):
         raise ValueError(f"{prefix} exists, prepared from other texts: {choice}")
     return there
 
@@ -186,14 +172,3 @@ def _refuse_output_among_inputs(prefix: Path, inputs: Iterable[str | Path]) -> N
     for given in map(Path, inputs):
         if given.is_dir() and target.is_relative_to(given.resolve()):
             raise ValueError(f"{prefix}: lies inside the input directory {given}; choose a prefix elsewhere")
-
-
-def _tool() -> str:
-    return ", ".join(f"{name} {_version(name)}" for name in ("minimax-train", "tokenizers"))
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "(not installed)"

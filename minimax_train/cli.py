@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minimax_train.plan import Plan
-from minimax_train.recipe import as_yaml, load_plan
+if TYPE_CHECKING:
+    from minimax_train.plan import Plan  # and with it torch, which `data` and `--help` do without
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -30,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_for_first(f"minimax-train: error: {' '.join(str(error).split())}")
         return _status_of(error)
     except KeyboardInterrupt:
-        _say_for_first("minimax-train: interrupted; `train` goes on from the last checkpoint when it is called again")
+        _say_for_first(
+            "minimax-train: interrupted; called again, `train` goes on from the last checkpoint, `data prepare` after its finished shards"
+        )
         return 130
 
 
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     trained.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder")
     trained.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
     trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
-    _add_data(add, group("data", "Token files: prepare, inspect, verify."))
+    _add_data(add, group("data", "Token files: prepare, inspect, verify, adopt."))
     _add_convert(add, group("convert", "Hugging Face checkpoints: from-hf, to-hf."))
     scored = add("logits", _logits, "Logits of given token ids, forward only.")
     scored.add_argument("checkpoint", metavar="CKPT", type=Path)
@@ -102,18 +104,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_data(add: Any, to: Any) -> None:
-    prepared = add("prepare", _data_prepare, "Text files, directories and JSONL to token files.", to=to)
-    prepared.add_argument("inputs", metavar="INPUT", nargs="+", type=Path)
-    prepared.add_argument("--tokenizer", metavar="T", type=Path, required=True, help="tokenizer.json, or the folder it is in")
-    prepared.add_argument("--to", metavar="PREFIX", type=Path, required=True, help="writes PREFIX.bin, .idx, .json, .tokenizer.json")
-    prepared.add_argument("--key", default="text", help="the text's key in JSONL lines (default: text)")
+    prepared = add("prepare", _data_prepare, "Text, JSONL, Parquet and saved datasets to token files.", to=to)
+    prepared.add_argument("inputs", metavar="INPUT", nargs="+", help="files (.gz and .zst too), directories, saved datasets, quoted globs")
+    prepared.add_argument(
+        "--tokenizer", metavar="T", type=Path, required=True, help="tokenizer.json, sentencepiece .model, or their folder"
+    )
+    prepared.add_argument("--to", metavar="PREFIX", type=Path, required=True, help="writes PREFIX.bin, .idx, .json and the tokenizer")
+    prepared.add_argument("--key", default="text", help="the text's key in JSONL lines, its column in tables (default: text)")
     prepared.add_argument("--eod", help="the tokenizer's end-of-document token (default: the first usual one it has)")
+    prepared.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each core); the files do not depend on it")
+    prepared.add_argument("--skip-bad", action="store_true", help="leave out what cannot be read, and count it, instead of stopping")
+    choices = ("auto", "gigatoken", "reference")
+    prepared.add_argument("--encoder", choices=choices, default="auto", help="auto: gigatoken where it equals the tokenizer's own library")
     prepared.add_argument("--overwrite", action="store_true", help="replace what stands at PREFIX")
-    for name, verb, about in (
-        ("inspect", _data_inspect, "Counts, lengths and samples of token files."),
-        ("verify", _data_verify, "Checksums, pointers and ids of token files."),
-    ):
-        add(name, verb, about, to=to).add_argument("prefix", metavar="PREFIX", type=Path)
+    inspected = add("inspect", _data_inspect, "Counts, lengths, sources and samples of token files.", to=to)
+    inspected.add_argument("prefix", metavar="PREFIX", type=Path)
+    inspected.add_argument("--png", metavar="FILE", type=Path, help="also draw the lengths")
+    inspected.add_argument("--json", action="store_true", help="print the sidecar instead")
+    verified = add("verify", _data_verify, "Checksums, pointers and ids of token files.", to=to)
+    verified.add_argument("prefix", metavar="PREFIX", type=Path)
+    verified.add_argument("--tokenizer", metavar="T", type=Path, help="refuse the files unless this tokenizer made them")
+    adopted = add("adopt", _data_adopt, "Make a dataset of Megatron's PREFIX.bin and .idx: check them, write what is missing.", to=to)
+    adopted.add_argument("prefix", metavar="PREFIX", type=Path)
+    adopted.add_argument("--tokenizer", metavar="T", type=Path, required=True, help="the tokenizer that made the ids")
+    adopted.add_argument("--eod", help="its end-of-document token (default: the first usual one it has)")
 
 
 def _add_convert(add: Any, to: Any) -> None:
@@ -129,12 +143,15 @@ def _add_convert(add: Any, to: Any) -> None:
 
 
 def _show(a: argparse.Namespace) -> int:
+    from minimax_train.recipe import as_yaml, load_plan
+
     print(as_yaml(load_plan(a.recipe, a.settings)), end="")
     return 0
 
 
 def _count(a: argparse.Namespace) -> int:
     from minimax_train.model.count import count_parameters, forward_flops, training_flops
+    from minimax_train.recipe import load_plan
 
     plan = load_plan(a.recipe, a.settings)
     counts: dict[str, Any] = dict(count_parameters(plan.model).as_dict())
@@ -159,6 +176,7 @@ def _count(a: argparse.Namespace) -> int:
 
 
 def _train(a: argparse.Namespace) -> int:
+    from minimax_train.recipe import load_plan
     from parallel.world import find_place, run_local
 
     plan = load_plan(a.recipe, a.settings)
@@ -176,14 +194,14 @@ def _train(a: argparse.Namespace) -> int:
     return run_local(_train_as_local, ranks, plan, a.to, a.profile, a.traceback)
 
 
-def _check_device(plan: Plan) -> None:
+def _check_device(plan: "Plan") -> None:
     import torch
 
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu to run on the CPU")
 
 
-def _train_rank(place: Any, plan: Plan, run: Path, profile: bool) -> int:
+def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool) -> int:
     from minimax_train.engine.session import session
 
     with session(plan.device, plan.layout, place) as joined:
@@ -193,7 +211,7 @@ def _train_rank(place: Any, plan: Plan, run: Path, profile: bool) -> int:
     return 0
 
 
-def _train_as_local(place: Any, plan: Plan, run: Path, profile: bool, traceback: bool) -> int:
+def _train_as_local(place: Any, plan: "Plan", run: Path, profile: bool, traceback: bool) -> int:
     """One of --ranks N: errors are told as in `main`, by the first rank."""
     os.environ["RANK"] = str(place.rank)
     try:
@@ -206,26 +224,52 @@ def _train_as_local(place: Any, plan: Plan, run: Path, profile: bool, traceback:
 
 
 def _data_prepare(a: argparse.Namespace) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes do it, --workers of them
     from data.prepare import prepare
     from data.tokenizer import load_tokenizer
 
-    sidecar = prepare(a.inputs, load_tokenizer(a.tokenizer, eod=a.eod), a.to, key=a.key, overwrite=a.overwrite)
-    print(f"{a.to}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens")
+    workers = len(os.sched_getaffinity(0)) if a.workers is None else a.workers
+    sidecar = prepare(
+        a.inputs,
+        load_tokenizer(a.tokenizer, eod=a.eod),
+        a.to,
+        key=a.key,
+        overwrite=a.overwrite,
+        skip_bad=a.skip_bad,
+        workers=workers,
+        encoder=a.encoder,
+    )
+    left_out = f"; {sidecar.bad:,} bad documents left out, the first: {sidecar.skipped[0]}" if sidecar.bad else ""
+    print(f"{a.to}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens{left_out}")
     return 0
 
 
 def _data_inspect(a: argparse.Namespace) -> int:
-    from data.dataset import inspect
+    from data.dataset import TokenDataset
+    from data.inspect import draw_lengths, inspect
 
-    print(inspect(a.prefix))
+    print(TokenDataset.open(a.prefix).sidecar.dump() if a.json else inspect(a.prefix))
+    if a.png is not None:
+        draw_lengths(a.prefix, a.png)
     return 0
 
 
 def _data_verify(a: argparse.Namespace) -> int:
     from data.dataset import verify
+    from data.tokenizer import load_tokenizer
 
-    dataset = verify(a.prefix)
+    dataset = verify(a.prefix, tokenizer=load_tokenizer(a.tokenizer) if a.tokenizer else None)
     print(f"{a.prefix}: intact; {dataset.documents:,} documents, {dataset.token_count:,} tokens, every checksum, pointer and id holds")
+    return 0
+
+
+def _data_adopt(a: argparse.Namespace) -> int:
+    from data.adopt import adopt
+    from data.tokenizer import load_tokenizer
+
+    sidecar = adopt(a.prefix, load_tokenizer(a.tokenizer, eod=a.eod))
+    inside = f"; {sidecar.inner_ends:,} end-of-document ids stand inside documents" if sidecar.inner_ends else ""
+    print(f"{a.prefix}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens, every pointer and id holds{inside}")
     return 0
 
 
@@ -324,6 +368,7 @@ def _report(a: argparse.Namespace) -> int:
 
 def _doctor(a: argparse.Namespace) -> int:
     from minimax_train.doctor import examine
+    from minimax_train.recipe import load_plan
 
     findings = examine()
     for name, value in findings.items():

@@ -43,7 +43,19 @@ def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "verb",
-    ["", "show", "count", "train", "data prepare", "data inspect", "data verify", "convert from-hf", "convert to-hf", "logits"]
+    [
+        "",
+        "show",
+        "count",
+        "train",
+        "data prepare",
+        "data inspect",
+        "data verify",
+        "data adopt",
+        "convert from-hf",
+        "convert to-hf",
+        "logits",
+    ]
     + ["evaluate positions", "checkpoint list", "checkpoint verify", "status", "report", "doctor"],
 )
 def test_help(verb: str) -> None:
@@ -213,20 +225,38 @@ def test_logits_of_the_fixture(tmp_path: Path) -> None:
     assert not (tmp_path / "o.safetensors").exists()
 
 
-def test_data_verbs(tmp_path: Path, corpus: Path) -> None:
+def test_data_verbs(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "docs.jsonl").write_text('{"text": "one two three"}\n{"text": "four <|endoftext|> five"}\n')
     tokenizer = corpus / "train.tokenizer.json"
     done = run("data", "prepare", tmp_path / "docs.jsonl", "--tokenizer", tokenizer, "--to", tmp_path / "out" / "d")
     assert done.returncode == 0, done.stderr
-    assert "2 documents" in run("data", "inspect", tmp_path / "out" / "d").stdout + done.stdout
-    assert run("data", "verify", tmp_path / "out" / "d").returncode == 0
+    assert "2 documents" in run("data", "inspect", tmp_path / "out" / "d", "--png", tmp_path / "lengths.png").stdout + done.stdout
+    assert (tmp_path / "lengths.png").stat().st_size > 5_000
+    assert run("data", "verify", tmp_path / "out" / "d", "--tokenizer", tokenizer).returncode == 0
+    binary, index = (tmp_path / "out" / f"d{suffix}" for suffix in (".bin", ".idx"))
+    for path in (binary, index):
+        (tmp_path / "theirs").with_suffix(path.suffix).write_bytes(path.read_bytes())
+    assert main(["data", "adopt", str(tmp_path / "theirs"), "--tokenizer", str(tokenizer)]) == 0
+    assert main(["data", "verify", str(tmp_path / "theirs")]) == 0
     flipped = bytearray((tmp_path / "out" / "d.bin").read_bytes())
     flipped[3] ^= 4
     (tmp_path / "out" / "d.bin").write_bytes(flipped)
     refused("data", "verify", tmp_path / "out" / "d", says=("d.bin",))
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"nope": 1}\n')
-    refused("data", "prepare", tmp_path / "bad.jsonl", "--tokenizer", tokenizer, "--to", tmp_path / "out" / "b", says=("bad.jsonl", "2"))
+    common = ("data", "prepare", tmp_path / "bad.jsonl", "--tokenizer", tokenizer, "--to", tmp_path / "out" / "b")
+    refused(*common, says=("bad.jsonl:2: no key 'text'",))
     refused(
         "data", "prepare", tmp_path / "docs.jsonl", "--tokenizer", tmp_path / "no.json", "--to", tmp_path / "out" / "b", says=("no.json",)
     )
-    assert not list((tmp_path / "out").glob("b*"))
+    refused("data", "prepare", f"{tmp_path}/*.parquet", "--tokenizer", tokenizer, "--to", tmp_path / "out" / "b", says=("matches nothing",))
+    refused(*common, "--workers", 0, says=("workers 0",))
+    refused(*common, "--key", "body", says=("no key 'body'",))
+    assert not list((tmp_path / "out").glob("*b*"))
+    assert main([*map(str, common), "--skip-bad"]) == 0
+    assert "1 bad documents left out, the first: " in capsys.readouterr().out
+
+
+def test_data_verbs_and_help_do_without_torch() -> None:
+    """It takes seconds to import."""
+    code = "import sys; from minimax_train.cli import main, _parser; _parser(); import data.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,10 +1,9 @@
-import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 
-from data.corpus import Document, Undecodable, find_files, read_documents, standard_library
+from data.corpus import Document, find_files, find_sources, standard_library
 
 
 def test_a_folder_is_read_sorted_without_hidden_names_and_links(tmp_path: Path) -> None:
@@ -21,42 +20,36 @@ def test_a_folder_is_read_sorted_without_hidden_names_and_links(tmp_path: Path) 
     assert [file.name for file in find_files(named)] == ["link.txt", "a.md", "z.txt", "a.txt"]
 
 
-def test_text_is_taken_byte_for_byte_and_other_encodings_are_reported(tmp_path: Path) -> None:
-    (tmp_path / "crlf.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r")
-    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    documents = list(read_documents(find_files([tmp_path])))
-    assert documents == [
-        Document(source=str(tmp_path / "crlf.txt"), text="\ufeffa\r\nb\r", size=8),
-        Undecodable(source=str(tmp_path / "latin1.txt"), size=4),
-    ]
+def test_a_glob_stands_for_what_it_matches(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "deep/er/c.jsonl", ".hidden.jsonl", "d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert [file.name for file in find_files([f"{tmp_path}/*.jsonl"])] == ["a.jsonl", "b.jsonl"]
+    assert [file.name for file in find_files([f"{tmp_path}/**/*.jsonl"])] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    (tmp_path / "[odd]*.txt").write_text("a name is taken as it is, if there is such a file")
+    assert [file.name for file in find_files([tmp_path / "[odd]*.txt"])] == ["[odd]*.txt"]
+    with pytest.raises(ValueError, match=r"\*.parquet: matches nothing"):
+        find_files([f"{tmp_path}/*.parquet"])
 
 
-def test_jsonl_gives_a_document_per_line(tmp_path: Path) -> None:
-    file = tmp_path / "d.jsonl"
-    lines = [json.dumps({"body": "one\nline", "text": 3}), "", json.dumps({"body": "zwei ü"}, ensure_ascii=False)]
-    file.write_text("\n".join(lines))
-    documents = [document for document in read_documents([file], key="body") if isinstance(document, Document)]
-    assert [(document.source, document.text) for document in documents] == [(f"{file}:1", "one\nline"), (f"{file}:3", "zwei ü")]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": "a"', "malformed JSON"),
-        (b'{"content": "a"}', "no key 'text'; the line has 'content'"),
-        (b'["text"]', "a JSON list"),
-        (b'{"text": null}', "'text' is a NoneType"),
-        (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
-        (b'{"text": "\\ud800"}', "lone surrogate"),
-    ],
-)
-def test_a_bad_jsonl_line_is_named_by_file_and_line(tmp_path: Path, line: bytes, message: str) -> None:
-    file = tmp_path / "d.jsonl"
-    file.write_bytes(b'{"text": "fine"}\n\n' + line + b"\n")
-    with pytest.raises(ValueError, match=message) as error:
-        list(read_documents([file]))
-    assert str(error.value).startswith(f"{file}:3: ")
-    assert "\n" not in str(error.value)
+def test_the_kind_follows_the_name(tmp_path: Path) -> None:
+    names = {
+        "a.txt": ("text", None),
+        "b.JSONL": ("lines", None),
+        "c.ndjson": ("lines", None),
+        "d.jsonl.gz": ("lines", "gzip"),
+        "e.md.zst": ("text", "zstd"),
+        "f.parquet": ("parquet", None),
+        "g": ("text", None),
+    }
+    for name in names:
+        (tmp_path / name).write_bytes(b"12345")
+    found = find_sources([tmp_path])
+    assert {source.path.name: (source.kind, source.codec) for source in found} == names
+    assert {(source.size, source.given) for source in found} == {(5, str(tmp_path))}
+    (tmp_path / "x.parquet.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match="packed once more"):
+        find_sources([tmp_path])
 
 
 def test_missing_and_empty_inputs_are_refused(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
+import itertools
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.dataset import TokenDataset, check_ids, inspect, verify
-from data.format import HEAD, SUFFIXES, FileRecord, Sidecar, checksum_of, file_of, index_parts
-from data.tokenizer import Tokenizer
+from data.dataset import TokenDataset, check_ids, verify
+from data.format import HEAD, FileRecord, Sidecar, checksum_of, file_of, index_parts, parse_index
+from data.inspect import draw_lengths, inspect
+from data.tokenizer import Tokenizer, train_tokenizer
 
 LENGTHS_AT = HEAD.size
 STARTS_AT = HEAD.size + 5 * 4
 ENDS_AT = STARTS_AT + 5 * 8
+SUFFIXES = (".bin", ".idx", ".tokenizer.json", ".json")
 
 
 def put(path: Path, offset: int, new: bytes) -> None:
@@ -62,13 +65,13 @@ DAMAGED = {
     "version": (9, struct.pack("<Q", 2), "index version 2, expected 1"),
     "dtype code without meaning": (17, b"\x63", r"dtype code 99, expected 8 \(uint16\) or 4 \(int32\)"),
     "dtype code of floats": (17, b"\x07", "dtype code 7"),
-    "dtype code of the other width": (17, b"\x04", "document 1 starts at byte"),
-    "count of sequences": (18, struct.pack("<Q", 4), "4 sequences and 6 document ends"),
-    "both counts": (18, struct.pack("<QQ", 4, 5), "expected 122 for 4 documents"),
-    "length": (LENGTHS_AT + 4, struct.pack("<i", 7), "document 2 starts at byte"),
-    "zero length": (LENGTHS_AT + 4, struct.pack("<i", 0), "document 1 has length 0"),
+    "dtype code of the other width": (17, b"\x04", "sequence 1 starts at byte"),
+    "count of sequences": (18, struct.pack("<Q", 4), "expected 130 for 4 sequences and 6 document ends"),
+    "both counts": (18, struct.pack("<QQ", 4, 5), "expected 122 for 4 sequences"),
+    "length": (LENGTHS_AT + 4, struct.pack("<i", 7), "sequence 2 starts at byte"),
+    "zero length": (LENGTHS_AT + 4, struct.pack("<i", 0), "sequence 1 has length 0"),
     "last length": (LENGTHS_AT + 16, struct.pack("<i", 7), r"\(documents, tokens, bytes of .bin\)"),
-    "pointer": (STARTS_AT + 8, struct.pack("<q", 2), "document 1 starts at byte 2"),
+    "pointer": (STARTS_AT + 8, struct.pack("<q", 2), "sequence 1 starts at byte 2"),
     "document end": (ENDS_AT + 16, struct.pack("<q", 3), "document end 2 is 3"),
 }
 
@@ -87,8 +90,8 @@ def test_a_wrong_index_says_what_is_wrong(prefix: Path, name: str) -> None:
 
 def test_another_index_that_agrees_with_itself_is_refused_on_opening(prefix: Path) -> None:
     dataset = TokenDataset.open(prefix)
-    swapped = dataset.lengths[[1, 0, 2, 3, 4]].astype(np.int32)
-    file_of(prefix, ".idx").write_bytes(b"".join(index_parts(swapped, dataset.stream.dtype)))
+    swapped = dataset.lengths[[1, 0, 2, 3, 4]]
+    file_of(prefix, ".idx").write_bytes(b"".join(index_parts(lambda: [swapped], dataset.stream.dtype)))
     with pytest.raises(ValueError, match=f"{file_of(prefix, '.idx')}: xxh3-128"):
         TokenDataset.open(prefix)
 
@@ -139,8 +142,8 @@ def test_verify_reads_the_tokens_themselves(prefix: Path) -> None:
 
 def test_sidecar_of_another_format_or_dtype_is_refused(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("data.format.SIDECAR_FORMAT", 2)
-        with pytest.raises(ValueError, match="sidecar format 1, expected 2"):
+        patch.setattr("data.format.SIDECAR_FORMAT", 3)
+        with pytest.raises(ValueError, match="sidecar format 2, expected 3"):
             TokenDataset.open(prefix)
     believe(prefix, dtype="int32")
     with pytest.raises(ValueError, match="says uint16, .* says int32"):
@@ -163,10 +166,42 @@ def test_the_fingerprint_follows_tokens_boundaries_and_tokenizer(prefix: Path) -
     assert Sidecar(**{**fields, "tool": "another"}).fingerprint == sidecar.fingerprint
 
 
-def test_inspect_is_a_page_of_text(prefix: Path) -> None:
+def test_inspect_is_a_page_of_text(prefix: Path, folder: Path) -> None:
     text = inspect(prefix, samples=5)
-    parts = ("documents   5 ", "vocabulary  300 ", "not UTF-8   0", "length below", "def attend(q, k, v)", "The literal <|endoftext|>")
+    parts = ("documents   5 ", "vocabulary  300 ", "left out    0 bad", "length below", "def attend(q, k, v)", "The literal <|endoftext|>")
     for part in parts:
         assert part in text
     for below, documents, tokens in TokenDataset.open(prefix).sidecar.length_histogram:
         assert f"{below:>14,} {documents:>12,} {tokens:>16,}" in text
+    assert f"5 documents, {TokenDataset.open(prefix).token_count:,} tokens: {folder}" in text
+
+
+def test_the_picture_is_a_picture(prefix: Path, tmp_path: Path) -> None:
+    draw_lengths(prefix, tmp_path / "new" / "lengths.png")
+    content = (tmp_path / "new" / "lengths.png").read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) > 5_000
+
+
+def test_another_tokenizer_is_refused(prefix: Path, tokenizer: Tokenizer) -> None:
+    verify(prefix, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        verify(prefix, tokenizer=train_tokenizer(["others"], vocabulary=290))
+
+
+def test_long_documents_are_several_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index says lengths in 31 bits; Megatron's reader finds the same documents."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    monkeypatch.setattr("data.format.LONGEST_SEQUENCE", 10)
+    lengths = np.array([3, 10, 11, 35, 1, 20])
+    halves = [lengths[:2], lengths[2:3], np.zeros(0, np.int64), lengths[3:]]
+    path = tmp_path / "long.idx"
+    path.write_bytes(b"".join(index_parts(lambda: halves, np.dtype(np.uint16))))
+    dtype, read = parse_index(path.read_bytes(), path)
+    assert (dtype, read.tolist()) == (np.uint16, lengths.tolist())
+    np.arange(80, dtype=np.uint16).tofile(tmp_path / "long.bin")
+    theirs = IndexedDataset(str(tmp_path / "long"))
+    assert theirs.sequence_lengths.tolist() == [3, 10, 10, 1, 10, 10, 10, 5, 1, 10, 10]
+    ends = theirs.document_indices.tolist()
+    parts = [np.concatenate([theirs[sequence] for sequence in range(*pair)]) for pair in itertools.pairwise(ends)]
+    assert [part.tolist() for part in parts] == [part.tolist() for part in np.split(np.arange(80), np.cumsum(lengths)[:-1])]
