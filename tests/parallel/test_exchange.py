@@ -109,6 +109,30 @@ def test_a_broken_state_breaks_its_document_alone(kind: str, value: float) -> No
         assert torch.equal(whole[piece], usual[piece])
 
 
+def two_layers(place: Place, kind: str) -> list[Tensor]:
+    """What enters in two layers that remember much in different heads, as many: of one row, then each of a row that none has seen."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    with joined(place, "gloo"):
+        assert dist.group.WORLD is not None
+        channel, pieces = Channel(dist.group.WORLD), cut_row((0, 50, 64), place.size)
+        states = torch.randn(2, HEADS, SIZE, SIZE, generator=torch.Generator().manual_seed(place.rank))
+        shared, found = state_flow(pieces), []
+        for flow_of in (lambda: shared, lambda: state_flow(pieces)):
+            for slopes in ([20.0, 20.0, 20.0, 0.1, 0.0], [0.1, 20.0, 0.2, 20.0, 20.0]):
+                exchange, flow = make_exchange(kind, torch.tensor(slopes), slopes, 8, place.size, torch.float32), flow_of()
+                found.append(exchange.finish(exchange.begin(states, flow, channel), states, flow, channel))
+        return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_share_what_is_known_of_a_row_and_nothing_else(kind: str) -> None:
+    for first, second, alone, alone_too in run_ranks(4, two_layers, kind):
+        assert torch.equal(first, alone)
+        assert torch.equal(second, alone_too)
+
+
 def late_channel(place: Place) -> list[str]:
     """What a toy exchange sees that reads before the end, and what one is told that writes to what it sends."""
     import torch.distributed as dist
