@@ -94,9 +94,10 @@ class TokenDataset:
         return self.stream[first:last][start:stop].astype(np.int64)
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """The whole stream in order, in pieces of at most 4 Mi tokens."""
-        for start in range(0, self.token_count, BLOCK):
-            yield self.stream[start : start + BLOCK]
+        """The whole stream in order, in pieces of at most 4 Mi tokens, read from the file: pages of the map would stay in memory."""
+        with file_of(self.prefix, ".bin").open("rb") as file:
+            while len(block := np.fromfile(file, self.stream.dtype, BLOCK)):
+                yield block
 
 
 def verify(prefix: str | Path, *, tokenizer: Tokenizer | None = None) -> TokenDataset:
@@ -120,20 +121,25 @@ def check_ids(dataset: TokenDataset) -> None:
     In an adopted file it may stand inside documents, as often as the sidecar says.
     """
     name = file_of(dataset.prefix, ".bin")
-    ends = 0
+    ends, begin, wrong = 0, 0, ""
+    last = dataset.offsets[1:] - 1
     for block in dataset.blocks():
         low, high = int(block.min()), int(block.max())
         if low < 0 or high >= dataset.vocabulary:
             raise ValueError(f"{name}: token {high if low >= 0 else low}, expected 0 to {dataset.vocabulary - 1} (the vocabulary)")
         ends += int(np.count_nonzero(block == dataset.eod))
+        first, stop = np.searchsorted(last, [begin, begin + len(block)])
+        found = block[last[first:stop] - begin]
+        if (found != dataset.eod).any() and not wrong:
+            at = int(np.flatnonzero(found != dataset.eod)[0])
+            wrong = f"document {first + at} ends with {found[at]}, expected the end-of-document id {dataset.eod}"
+        begin += len(block)
     expected, inner = dataset.documents + dataset.sidecar.inner_ends, dataset.sidecar.inner_ends
     if ends != expected:
         meaning = f"one a document and {inner} inside" if inner else "one a document"
-        raise ValueError(f"{name}: the end-of-document id {dataset.eod} occurs {ends} times, expected {expected} ({meaning})")
-    last = dataset.stream[dataset.offsets[1:] - 1]
-    if (last != dataset.eod).any():
-        at = int(np.flatnonzero(last != dataset.eod)[0])
-        raise ValueError(f"{name}: document {at} ends with {last[at]}, expected the end-of-document id {dataset.eod}")
+        wrong = f"the end-of-document id {dataset.eod} occurs {ends} times, expected {expected} ({meaning})"
+    if wrong:
+        raise ValueError(f"{name}: {wrong}")
 
 
 def _check_size(path: Path, record: FileRecord) -> None:

@@ -132,7 +132,7 @@ def test_files_that_are_not_utf8_and_doubles_are_listed(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "standard_library.json").read_text())
     assert record["not_utf8"] == ["latin1.py"]
     assert record["doubles_left_out"] == ["zz_copy.py"]
-    assert TokenDataset.open(tmp_path / "out" / "train").sidecar.skipped == ("latin1.py",)
+    assert TokenDataset.open(tmp_path / "out" / "train").sidecar.skipped == ("latin1.py: not UTF-8",)
 
 
 def test_two_processes_at_once_agree(tmp_path: Path) -> None:
