@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "benchmarks/kernel_resources.py"
 
 
-@pytest.mark.timeout(900)  # some CPU minutes where Triton has kept nothing from an earlier run
+@pytest.mark.timeout(900)  # CPU minutes: two are the disassembler, whether or not Triton has kept what it compiled
 def test_no_kernel_spills() -> None:
     """In a process of its own: in this one Triton may interpret. Prints a line per kernel (pytest -s)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
