@@ -1,5 +1,7 @@
 """The two ways to encode: the tokenizer's own library, which is always right, and gigatoken where it gives the same ids."""
 
+import contextlib
+import ctypes
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Literal, Protocol
@@ -15,7 +17,7 @@ Choice = Literal["auto", "gigatoken", "reference"]
 WORTH_IT = 4 << 20
 """Bytes of input below which starting gigatoken costs more than it saves."""
 
-GROWTH = 192 << 20
+GROWTH = 64 << 20
 """Bytes by which the process may grow before gigatoken's cache of words, which it never empties, is thrown away."""
 
 PROBES = (
@@ -98,6 +100,8 @@ class GigatokenEncoder:
         import gigatoken
 
         self.engine: Any = None
+        with contextlib.suppress(AttributeError, OSError):  # where the C library has no such function
+            ctypes.CDLL(None).malloc_trim(0)  # or what the old cache held stays with the process
         try:
             self.engine = gigatoken.Tokenizer.from_json(self.content)
         except Exception as error:  # the library raises whatever its parser meets
