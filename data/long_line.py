@@ -14,6 +14,9 @@ MOST = 32 << 20
 """Most bytes of a line outside its long strings."""
 
 _MARK = "\x00long "
+_NUL = b"\\u0000"
+"""How a mark begins in JSON, and any other string whose first character is NUL: there is no second way to write it."""
+
 _ESCAPE = re.compile(rb"\\u[0-9a-fA-F]{4}|\\[^u]")
 
 
@@ -48,7 +51,7 @@ def skeleton(path: Path, start: int, stop: int) -> tuple[bytes, list[tuple[int, 
                 if len(held) <= SHORT:
                     held += block[at:end]
                 if quote >= 0:
-                    long = position + end - begin > SHORT
+                    long = position + end - begin > SHORT or held.startswith(_NUL)  # a short string could be taken for a mark
                     out += _mark(len(spans)) if long else held
                     out += b'"'
                     spans += [(begin, position + end)] if long else []

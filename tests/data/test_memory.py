@@ -10,14 +10,15 @@ import pytest
 from data.tokenizer import Tokenizer
 
 SCRIPT = """
-import resource, sys
+import re, sys
+from pathlib import Path
 from data.prepare import prepare
 from data.tokenizer import load_tokenizer
 small, large, tokenizer, encoder = sys.argv[1:]
 peaks = []
 for number, path in enumerate((small, large)):
     prepare([path], load_tokenizer(tokenizer), f"{large}-{number}", quiet=True, encoder=encoder)
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    peaks.append(int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024)  # ru_maxrss begins with the parent's
 print(*peaks)
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import example, given, HealthCheck, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -94,6 +94,7 @@ def test_lines_whatever_the_sizes(tmp_path: Path, small: Callable[[int], None], 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(texts=st.lists(st.text(), max_size=8), size=st.integers(1, 80), blank=st.booleans(), escape=st.booleans())
+@example(texts=["\x00long 0", "\x00long ", "x" * 99], size=1, blank=False, escape=False)  # what stands for a long string inside
 def test_any_lines(tmp_path: Path, small: Callable[[int], None], texts: list[str], size: int, blank: bool, escape: bool) -> None:
     file = tmp_path / "any.jsonl"
     write_lines(file, [{"text": text} for text in texts], end="\n\n" if blank else "\n", escape=escape)
