@@ -6,6 +6,7 @@ Units: lengths and batches in tokens, learning rates per step, RoPE bases withou
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data.packing import Packing
 from minimax_train.kernels.grouped_linear import Asked
 from minimax_train.limits import at_least
 from minimax_train.model.config import ModelConfig
@@ -19,7 +20,6 @@ from parallel.layout import Layout
 __all__ = ["Checkpoints", "Data", "LearningRate", "Mixture", "Optimizer", "Plan", "Source", "Stage", "Start", "Validation"]
 
 Precision = Literal["fp32", "bf16"]
-Packing = Literal["concat", "best_fit"]
 
 
 @dataclass(frozen=True, kw_only=True)
