@@ -1,8 +1,9 @@
 """gloo's coalesced all-gather, one gather at a time.
 
 megatron-core's overlapped parameter gather goes through torch's coalescing manager, and on gloo what the manager then calls corrupts the
-heap: torch 2.13.0 died in a gloo worker thread ("malloc(): unaligned tcache chunk detected", SIGABRT or SIGSEGV) after some 100,000 calls,
-a rank in one of a few hundred little runs. Plain all-gathers, 1.7 million beside them, did not. See pytorch/pytorch#65231 and #65237.
+heap: torch 2.13.0 died in a gloo worker thread ("malloc(): unaligned tcache chunk detected", SIGABRT or SIGSEGV) in 4 of 5
+loops of 60 to 120 s, and a rank in one of a few hundred little runs. Plain all-gathers, 1.7 million in one loop, did not. See
+pytorch/pytorch#65231 and #65237.
 """
 
 from collections.abc import Iterator, Sequence
