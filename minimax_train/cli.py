@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb: Verb = arguments.verb
     try:
         return verb(arguments)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         if arguments.traceback:
             raise
@@ -31,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _status_of(error)
     except KeyboardInterrupt:
         _say_for_first(
-            "minimax-train: interrupted; called again, `train` goes on from the last checkpoint, `data prepare` after its finished shards"
+            "minimax-train: interrupted; called again, `train` goes on from the last checkpoint, `data prepare` and `convert` after their "
+            "finished shards"
         )
         return 130
 
@@ -75,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     trained.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
     trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
     _add_data(add, group("data", "Token files: prepare, inspect, verify, adopt."))
-    _add_convert(add, group("convert", "Hugging Face checkpoints: from-hf, to-hf."))
+    _add_convert(add, group("convert", "Hugging Face checkpoints: from-hf, to-hf, plan, verify."))
     scored = add("logits", _logits, "Logits of given token ids, forward only.")
     scored.add_argument("checkpoint", metavar="CKPT", type=Path)
     scored.add_argument("--input-ids", metavar="FILE.safetensors", type=Path, required=True, help="holds `input_ids` [batch, tokens]")
@@ -131,15 +135,38 @@ def _add_data(add: Any, to: Any) -> None:
 
 
 def _add_convert(add: Any, to: Any) -> None:
-    incoming = add("from-hf", _from_hf, "A Hugging Face folder to a checkpoint.", to=to)
+    def shared(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        made.add_argument("--cast", choices=("fp32", "bf16"), help="change the weights' dtype, but for fp32 routers (default: keep it)")
+        made.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each core; under torchrun or srun one)")
+        return made
+
+    incoming = shared(add("from-hf", _from_hf, "A Hugging Face folder to a checkpoint; called again, goes on where it stopped.", to=to))
     incoming.add_argument("folder", metavar="DIR", type=Path)
     incoming.add_argument("--to", metavar="CKPT", type=Path, required=True)
-    outgoing = add("to-hf", _to_hf, "A checkpoint (or a run's newest) to a Hugging Face folder.", to=to)
+    incoming.add_argument(
+        "--layout", metavar="tensor=8,expert=4", default="", help="cut the weights so that ranks of this layout read their own only"
+    )
+    outgoing = shared(add("to-hf", _to_hf, "A checkpoint (or a run's newest) to a Hugging Face folder; goes on like from-hf.", to=to))
     outgoing.add_argument("checkpoint", metavar="CKPT", type=Path)
     outgoing.add_argument("--to", metavar="DIR", type=Path, required=True)
     formats = ("minimax_m1", "minimax_text_01", "minimax")
     outgoing.add_argument("--format", choices=formats, default="minimax_m1", help="minimax is transformers' own (default: minimax_m1)")
     outgoing.add_argument("--tokenizer", metavar="FILE", type=Path, help="a tokenizer.json to put beside the weights")
+    outgoing.add_argument("--shard-mb", metavar="N", type=int, default=2210, help="megabytes in a file (default: 2210, as released)")
+    planned = add("plan", _convert_plan, "The tensors, files and bytes of a model, without allocating anything.", to=to)
+    planned.add_argument("model", metavar="MODEL", help="text01, tiny, a Hugging Face folder, or a RECIPE")
+    planned.add_argument("--shard-mb", metavar="N", type=int, default=2210, help="megabytes in a file (default: 2210, as released)")
+    planned.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of all but routers, which are fp32 (default: bf16)")
+    planned.add_argument("--list", action="store_true", help="every tensor: file, name, dtype, shape, bytes")
+    planned.add_argument("--json", action="store_true")
+    verified = add("verify", _convert_verify, "Check a Hugging Face folder, and compare it with the checkpoint it was made from.", to=to)
+    verified.add_argument("folder", metavar="DIR", type=Path)
+    verified.add_argument("--against", metavar="CKPT", type=Path, help="compare every tensor and the logits with this checkpoint's")
+    verified.add_argument("--transformers", action="store_true", help="compare the logits with transformers' own (format minimax)")
+    verified.add_argument("--input-ids", metavar="FILE.safetensors", type=Path, help="ids to compare logits on (default: random ones)")
+    verified.add_argument("--tokens", metavar="N", type=int, default=64, help="of the random ids (default: 64)")
+    verified.add_argument("--layers", action="store_true", help="layer by layer: less memory, and names the first that differs")
+    verified.add_argument("--workers", metavar="N", type=int, help="processes (default: one for each core)")
 
 
 def _show(a: argparse.Namespace) -> int:
@@ -273,31 +300,106 @@ def _data_adopt(a: argparse.Namespace) -> int:
     return 0
 
 
+def _processes(asked: int | None) -> tuple[int, bool]:
+    """How many processes this one starts, and whether it is one of several that a launcher started, but not the first."""
+    from parallel.world import find_place
+
+    if asked is not None and asked < 1:
+        raise ValueError(f"--workers is {asked}; it must be at least 1")
+    place = find_place(os.environ)
+    alone = len(os.sched_getaffinity(0)) if place is None or place.size == 1 else 1
+    return asked or alone, place is not None and place.rank > 0
+
+
 def _from_hf(a: argparse.Namespace) -> int:
-    from minimax_train.engine.session import session
+    import torch
 
-    with session() as alone:
-        from minimax_train.convert.from_hf import from_hf
-        from minimax_train.model.count import count_parameters
+    torch.set_num_threads(1)  # processes do it, --workers of them
+    from minimax_train.convert.from_hf import from_hf
+    from minimax_train.model.count import count_parameters
 
-        record = from_hf(a.folder, a.to, alone)
-    print(f"{a.to}: {count_parameters(record.model).total:,} parameters in {record.precision}, RoPE base {record.rope_base:g}")
+    workers, helps = _processes(a.workers)
+    if helps and a.to.exists():
+        return 0  # the first one finished it before this one started
+    record = from_hf(a.folder, a.to, cast=a.cast, layout=_layout(a.layout), workers=workers, quiet=helps)
+    if not helps:
+        print(f"{a.to}: {count_parameters(record.model).total:,} parameters in {record.precision}, RoPE base {record.rope_base:g}")
     return 0
+
+
+def _layout(text: str) -> Any:
+    """tensor=8,expert=4 as a Layout."""
+    from dataclasses import replace
+
+    from parallel.layout import DEGREES, Layout
+
+    degrees: dict[str, int] = {}
+    for item in filter(None, text.split(",")):
+        name, _, number = item.partition("=")
+        if name not in DEGREES or not number.isdecimal():
+            raise ValueError(f"--layout {text!r}: {item!r} is not one of {', '.join(f'{name}=N' for name in DEGREES)}")
+        degrees[name] = int(number)
+    return replace(Layout(), **degrees)  # type: ignore[arg-type]  # the degrees are its integer fields
 
 
 def _to_hf(a: argparse.Namespace) -> int:
-    from minimax_train.engine.session import session
+    import torch
+
+    torch.set_num_threads(1)
+    from minimax_train.checkpoint.shelf import resolve
+    from minimax_train.convert.to_hf import to_hf
 
     if a.tokenizer is not None and not a.tokenizer.is_file():
         raise ValueError(f"--tokenizer {a.tokenizer}: no such file")
+    workers, helps = _processes(a.workers)
+    if helps and a.to.exists():
+        return 0
+    checkpoint = resolve(a.checkpoint)
+    to_hf(checkpoint, a.to, a.format, tokenizer=a.tokenizer, cast=a.cast, shard_bytes=_megabytes(a.shard_mb), workers=workers, quiet=helps)
+    if not helps:
+        print(f"{a.to}: {checkpoint} in {a.format} format")
+    return 0
+
+
+def _megabytes(number: int) -> int:
+    if number < 1:
+        raise ValueError(f"--shard-mb is {number}; it must be at least 1")
+    return number * 1_000_000
+
+
+def _convert_plan(a: argparse.Namespace) -> int:
+    from minimax_train.convert.plan import plan_export
+
+    print(plan_export(a.model, a.precision, _megabytes(a.shard_mb)).text(listed=a.list, as_json=a.json))
+    return 0
+
+
+def _convert_verify(a: argparse.Namespace) -> int:
+    if a.against is None and not a.transformers and (a.input_ids or a.layers):
+        raise ValueError("--input-ids and --layers are for a comparison: give --against CKPT or --transformers")
+    if a.tokens < 1:
+        raise ValueError(f"--tokens is {a.tokens}; it must be at least 1")
+    workers, _ = _processes(a.workers)
+    from minimax_train.engine.session import session
+
     with session() as alone:
         from minimax_train.checkpoint.shelf import resolve
-        from minimax_train.convert.to_hf import to_hf
+        from minimax_train.convert.stored import StoredModel
+        from minimax_train.convert.verify import Verifier, choose_ids
 
-        checkpoint = resolve(a.checkpoint)
-        to_hf(checkpoint, a.to, a.format, alone, tokenizer=a.tokenizer)
-    print(f"{a.to}: {checkpoint} in {a.format} format")
-    return 0
+        verifier = Verifier(a.folder, workers=workers)
+        print(verifier.alone(), flush=True)
+        ids = choose_ids(a.input_ids, a.tokens, verifier.source.described.model)
+        same = True
+        if a.against is not None:
+            for found in verifier.against(StoredModel.open(resolve(a.against)), alone, ids, layers=a.layers):
+                print("\n".join(found.lines), flush=True)
+                same = same and found.same
+        if a.transformers:
+            found = verifier.elsewhere(alone, ids, layers=a.layers)
+            print("\n".join(found.lines))
+            same = same and found.same
+    return 0 if same else 1
 
 
 def _logits(a: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ unpickled before its checksum holds.
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +27,64 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path) -> None:
-    """Checksums every file under `folder`, writes the manifest, and forces files and folders to the disk."""
+def write_manifest(folder: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+    """Checksums every file under `folder`, writes the manifest, and forces files and folders to the disk.
+
+    `known`: files on the disk already, whose size and checksum were found as they were written.
+    """
+    known = known or {}
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    entries = {name: {"bytes": path.stat().st_size, "xxh3_128": checksum(path)} for name, path in files.items()}
+    entries = {}
+    for name, path in files.items():
+        size, digest = known[name] if name in known else (path.stat().st_size, checksum(path))
+        entries[name] = {"bytes": size, "xxh3_128": digest}
     body: dict[str, Any] = {"format": FORMAT, "files": entries}
     manifest = {**body, "sha256": _body_digest(body)}
     (folder / NAME).write_text(json.dumps(manifest, indent=1))
-    for path in [*files.values(), folder / NAME, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
+    new = [path for name, path in files.items() if name not in known]
+    for path in [*new, folder / NAME, *(p for p in folder.rglob("*") if p.is_dir()), folder]:
         sync(path)
 
 
 def damage(folder: Path) -> str | None:
     """None when every file is there, unchanged, and no other; else what is wrong, naming the file."""
     try:
+        entries = listed(folder)
+    except ValueError as error:
+        return str(error)
+    return next((wrong for name, entry in entries.items() if (wrong := damage_of(folder, name, entry))), None)
+
+
+def listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and checksum of every file, as the manifest says. ValueError, naming the file, where the manifest does not hold, a file is
+    missing, or one does not belong there; no other file is read."""
+    try:
         manifest = json.loads((folder / NAME).read_text())
         body = {key: manifest[key] for key in ("format", "files")}
         if manifest["sha256"] != _body_digest(body):
-            return f"{NAME} was changed"
+            raise ValueError(f"{NAME} was changed")
         if manifest["format"] != FORMAT:
-            return f"{NAME} has format {manifest['format']}; this version reads {FORMAT}"
+            raise ValueError(f"{NAME} has format {manifest['format']}; this version reads {FORMAT}")
         entries = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
     except FileNotFoundError:
-        return f"{NAME} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{NAME} cannot be read"
+        raise ValueError(f"{NAME} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{NAME} cannot be read") from None
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {NAME}
     for name in sorted(found ^ entries.keys()):
-        return f"{name} is missing" if name in entries else f"{name} does not belong there"
-    for name, (size, digest) in entries.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            return f"{name} is not a plain file"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, not {size}"
-        if checksum(path) != digest:
-            return f"{name} was changed: its checksum does not hold"
+        raise ValueError(f"{name} is missing" if name in entries else f"{name} does not belong there")
+    return entries
+
+
+def damage_of(folder: Path, name: str, entry: tuple[int, str]) -> str | None:
+    """What is wrong with one listed file, or None."""
+    path, (size, digest) = folder / name, entry
+    if path.is_symlink() or not path.is_file():
+        return f"{name} is not a plain file"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, not {size}"
+    if checksum(path) != digest:
+        return f"{name} was changed: its checksum does not hold"
     return None
 
 

@@ -11,6 +11,8 @@ from minimax_train.checkpoint.manifest import damage
 from minimax_train.checkpoint.record import Record, model_differences, read_record
 from minimax_train.model.config import ModelConfig
 
+TENSORS = "tensors"
+
 
 def folder_of(checkpoints: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from minimax_train.checkpoint.commit import abandon, begin, commit
 from minimax_train.checkpoint.record import Record, write_record
+from minimax_train.checkpoint.shelf import TENSORS
 from minimax_train.engine.state import Sharded, model_state
 from minimax_train.engine.storage import read_tensors, write_tensors
 from parallel.collectives import first_does, raise_together
 from parallel.groups import Groups
-
-TENSORS = "tensors"
 
 
 def save(final: Path, state: Sharded, record: Record, groups: Groups) -> None:

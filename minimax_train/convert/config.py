@@ -4,8 +4,12 @@
 `rotary_dim` and knows slopes for power-of-two head counts only.
 """
 
+import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
 
 from minimax_train.model.config import LayerKind, ModelConfig, shortest_pattern
 
@@ -111,7 +115,7 @@ def read_config(raw: dict[str, Any], source: str) -> Described:
     if unknown:
         raise ValueError(f"{source}: unknown key {', '.join(unknown)}: refused, since it might change the model")
     for key, wanted in _REQUIRED_VALUES.items():
-        if raw.get(key, wanted) != wanted:
+        if raw.get(key, wanted) != wanted or isinstance(raw.get(key, wanted), bool) != isinstance(wanted, bool):
             raise ValueError(f"{source}: {key} is {raw[key]!r}; this model can only express {wanted!r}")
     missing = [key for key in special.values() if key not in raw]
     if missing:
@@ -121,32 +125,52 @@ def read_config(raw: dict[str, Any], source: str) -> Described:
     rotary = raw.get("rotary_dim", raw["head_dim"])
     if len(kinds) != values["num_layers"]:
         raise ValueError(f"{source}: {len(kinds)} layer kinds for num_hidden_layers {values['num_layers']}")
-    model = ModelConfig(**values, pattern=shortest_pattern(kinds), rotary_dim=rotary)
+    model = _model({**values, "pattern": shortest_pattern(kinds), "rotary_dim": rotary}, special, source)
     if kind == "minimax":
         check_native(model, source)
     positions = raw.get("max_position_embeddings", 10_240_000)  # the release's value: a cap, not a training length
+    if type(positions) is not int or positions < 1:
+        raise ValueError(f"{source}: max_position_embeddings is {positions!r}; a number of tokens is needed")
     return Described(model=model, rope_base=_rope_base(raw, kind, source), max_positions=positions, format=kind)
+
+
+def _model(values: dict[str, Any], names: dict[str, str], source: str) -> ModelConfig:
+    """The record, strictly: 8 is not "8", and no number is NaN."""
+    try:
+        model = TypeAdapter(ModelConfig).validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        ours = str(first["loc"][0]) if first["loc"] else ""
+        raise ValueError(f"{source}: {names.get(ours, ours) or 'the model'}: {first['msg']}") from None
+    for ours, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{source}: {names[ours]} is {value}; a finite number is needed")
+    return model
 
 
 def _layer_kinds(raw: dict[str, Any], kind: Format, source: str) -> tuple[LayerKind, ...]:
     key = "layer_types" if kind == "minimax" else "attn_type_list"
     names: dict[Any, LayerKind] = {"linear_attention": "lightning", "full_attention": "softmax", 0: "lightning", 1: "softmax"}
     entries = raw.get(key)
-    if not isinstance(entries, list) or any(entry not in names for entry in entries):
-        raise ValueError(f"{source}: {key} is {entries!r}; a list of layer kinds is needed")
+    wanted = str if kind == "minimax" else int
+    if not isinstance(entries, list) or not entries or any(type(entry) is not wanted or entry not in names for entry in entries):
+        raise ValueError(f"{source}: {key} is {str(entries)[:100]}; a list of layer kinds is needed")
     return tuple(names[entry] for entry in entries)
 
 
 def _rope_base(raw: dict[str, Any], kind: Format, source: str) -> float:
     rope = raw.get("rope_parameters") or {"rope_type": "default", "rope_theta": raw.get("rope_theta")}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{source}: rope_parameters is {str(rope)[:100]}; an object is needed")
     if rope.get("rope_type", "default") != "default" or set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor"}:
         raise ValueError(f"{source}: rope_parameters is {rope!r}; only the default type with rope_theta is known")
     factor = rope.get("partial_rotary_factor", 1.0)
     if factor != 1.0:
         raise ValueError(f"{source}: partial_rotary_factor is {factor}; transformers ignores it: state rotary_dim in minimax_m1 format")
-    if not isinstance(rope.get("rope_theta"), (int, float)):
-        raise ValueError(f"{source}: rope_theta missing")
-    return float(rope["rope_theta"])
+    base = rope.get("rope_theta")
+    if not isinstance(base, (int, float)) or isinstance(base, bool) or not 0 < base < 1e30:
+        raise ValueError(f"{source}: rope_theta is {base!r}; a number above 0 is needed")
+    return float(base)
 
 
 def check_native(model: ModelConfig, source: str) -> None:
@@ -166,16 +190,25 @@ def check_native(model: ModelConfig, source: str) -> None:
         raise ValueError(f"{source}: lightning_norm_eps is {model.lightning_norm_eps}; Hugging Face formats fix it at 1e-6")
 
 
-def write_config(model: ModelConfig, rope_base: float, kind: Format, dtype: str, max_positions: int) -> dict[str, Any]:
-    """The config.json of `model` in one of the formats."""
+_DERIVED = {"architectures", "auto_map", "model_type", "torch_dtype", "dtype", "max_position_embeddings", "_name_or_path"}
+_CARRIED = _WITHOUT_MEANING - _DERIVED
+_ARCHITECTURES: dict[Format, str] = {
+    "minimax": "MiniMaxForCausalLM",
+    "minimax_m1": "MiniMaxM1ForCausalLM",
+    "minimax_text_01": "MiniMaxText01ForCausalLM",
+}
+
+
+def write_config(
+    model: ModelConfig, rope_base: float, kind: Format, dtype: str, max_positions: int, origin: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config.json of `model` in one of the formats. What says nothing of the architecture is taken from `origin`, the config.json that
+    the weights came with: token ids, and in its own format the auto_map."""
     if kind == "minimax":
         check_native(model, "to-hf")
     elif model.lightning_norm_eps != 1e-6:
         raise ValueError(f"to-hf: lightning_norm_eps is {model.lightning_norm_eps}; Hugging Face formats fix it at 1e-6")
-    architecture = {"minimax": "MiniMaxForCausalLM", "minimax_m1": "MiniMaxM1ForCausalLM", "minimax_text_01": "MiniMaxText01ForCausalLM"}[
-        kind
-    ]
-    config: dict[str, Any] = {"architectures": [architecture], "model_type": kind, "torch_dtype": dtype}
+    config: dict[str, Any] = {"architectures": [_ARCHITECTURES[kind]], "model_type": kind, "torch_dtype": dtype}
     names = {**_SAME, **(_NATIVE if kind == "minimax" else _RELEASED)}
     config |= {theirs: getattr(model, ours) for ours, theirs in names.items()}
     config |= {"hidden_act": "silu", "tie_word_embeddings": False, "attention_dropout": 0.0, "router_jitter_noise": 0.0}
@@ -184,7 +217,16 @@ def write_config(model: ModelConfig, rope_base: float, kind: Format, dtype: str,
     if kind == "minimax":
         config["layer_types"] = ["full_attention" if k == "softmax" else "linear_attention" for k in model.layer_kinds]
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": rope_base}
-        return config
-    config["attn_type_list"] = [int(k == "softmax") for k in model.layer_kinds]
-    config |= {"rope_theta": rope_base, "postnorm": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid"}
+    else:
+        config["attn_type_list"] = [int(k == "softmax") for k in model.layer_kinds]
+        config |= {"rope_theta": rope_base, "postnorm": True, "shared_intermediate_size": 0, "shared_moe_mode": "sigmoid"}
+    if origin is not None:
+        config |= {key: origin[key] for key in sorted(_CARRIED & origin.keys())}
+        if same_format(origin, kind) and "auto_map" in origin:
+            config["auto_map"] = origin["auto_map"]
     return config
+
+
+def same_format(origin: dict[str, Any], kind: Format) -> bool:
+    """Whether a config.json is of a format, so that code made for it reads the other."""
+    return _NAMES.get(str(origin.get("model_type"))) == kind

@@ -1,129 +1,167 @@
-"""Hugging Face -> checkpoint: every tensor accounted for, nothing executed, nothing read outside the folder."""
+"""Hugging Face -> checkpoint, a piece of a tensor at a time: the model is never in memory, and no layout of ranks is needed."""
 
-import json
-from collections.abc import Callable
-from contextlib import ExitStack
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+import xxhash
 from torch import Tensor
 
-from minimax_train.checkpoint.record import Progress, Record
-from minimax_train.checkpoint.store import save
-from minimax_train.convert.config import Described, read_config
-from minimax_train.convert.table import DECAY_BUFFERS, Entry, table
-from minimax_train.engine.session import Session
-from minimax_train.engine.stage import bare, build_stage
-from minimax_train.engine.state import model_state
-from minimax_train.model.decoder import Decoder
+from data.commit import sync
+from minimax_train.checkpoint.manifest import write_manifest
+from minimax_train.checkpoint.record import Progress, Record, read_record, write_record
+from minimax_train.checkpoint.shelf import TENSORS
+from minimax_train.convert import carried
+from minimax_train.convert.cast import dtype_of, is_finite, precision_of
+from minimax_train.convert.pieces import Piece, column_parts, pieces, ranks_of
+from minimax_train.convert.shards import plan_shards
+from minimax_train.convert.source import Source, SourceReader, open_source, some
+from minimax_train.convert.table import Entry, Part
+from minimax_train.convert.work import FinishedElsewhereError, Job, Work, conversion, refuse_existing
+from minimax_train.engine.torch_dist import Chunk, Stored, write_chunk, write_index
 from minimax_train.plan import Precision
+from parallel.layout import Layout
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-
-def describe(folder: Path) -> Described:
-    """What the folder's config.json says."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json: give a Hugging Face model folder")
-    try:
-        raw = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds {type(raw).__name__}, not an object")
-    return read_config(raw, str(path))
+Parts = list[tuple[Entry, Part]]
 
 
-def from_hf(folder: Path, final: Path, session: Session) -> Record:
-    """Writes the folder's weights as a checkpoint at `final`, in their own precision (fp32 or bf16; routers fp32)."""
-    described = describe(folder)
-    with ExitStack() as stack:
-        files = _open(folder, stack)
-        entries = table(described.model)
-        _account(folder, files, entries)
-        precision = _precision(files, entries)
-        stage = build_stage(described.model, session, dtype=precision, seed=None)
-        _fill(bare(stage), entries, lambda name: files[name].get_tensor(name))
+def from_hf(
+    folder: Path, final: Path, *, cast: Precision | None = None, layout: Layout | None = None, workers: int = 1, quiet: bool = True
+) -> Record:
+    """Writes the folder's weights as a checkpoint at `final`, in their own precision or in `cast`; routers are fp32.
+
+    Its tensors lie in chunks of at most 64 MiB that do not cross the borders of a rank's part under `layout`, so that its ranks read their
+    own parts only; any other layout reads the checkpoint as well. ValueError on anything that is not exactly a model of this family.
+    """
+    refuse_existing(final)
+    source, layout = open_source(folder), layout or Layout()
+    model = source.described.model
+    model.check_tensor(layout.tensor)
+    model.check_experts(layout.expert, layout.expert_tensor)
+    carried.check(folder, source.raw_config)
+    precision = precision_of(source.tensors, source.entries, cast)
     record = Record(
-        model=described.model,
-        rope_base=described.rope_base,
-        max_positions=described.max_positions,
+        model=model,
+        rope_base=source.described.rope_base,
+        max_positions=source.described.max_positions,
         precision=precision,
         progress=Progress(),
         optimizer_steps=None,
     )
-    save(final, model_state(bare(stage), session.groups), record, session.groups)
+    identity = {**source.identity(), "precision": precision, "layout": [layout.tensor, layout.expert_tensor]}
+    parts = [(entry, part) for entry in source.entries for part in entry.parts]
+    sizes = [math.prod(part.shape) * dtype_of(entry, precision).itemsize for entry, part in parts]
+    try:
+        with conversion(final, identity, sum(sizes)) as work:
+            (work.result / TENSORS).mkdir(exist_ok=True)
+            jobs = []
+            for number, run in enumerate(plan_shards(sizes)):
+                shard = _Shard(source, precision, layout, work, f"__{number}_0.distcp")
+                held = parts[run.start : run.stop]
+                jobs.append(Job(name=shard.name, bytes=sum(sizes[run.start : run.stop]), run=partial(shard.write, held)))
+            results = work.do(jobs, "converting", workers=workers, quiet=quiet)
+            work.finish(lambda result: _complete(result, source, record, results))
+    except FinishedElsewhereError:
+        return read_record(final)
     return record
 
 
-def _open(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open file that holds it."""
-    root = folder.resolve()
-    index = folder / INDEX
-    listed: dict[str, str] | None = None
-    if index.is_file():
+class _Shard:
+    """One file of the checkpoint, and the job that writes it."""
+
+    def __init__(self, source: Source, precision: Precision, layout: Layout, work: Work, name: str) -> None:
+        self.source, self.precision, self.layout, self.name = source, precision, layout, name
+        self.path = work.result / TENSORS / name
+
+    def write(self, parts: Parts) -> dict[str, Any]:
+        """Writes the file, on the disk, and tells its checksum and chunks. ValueError listing tensors with NaN or infinity."""
+        unfinished = self.path.with_name(f"{self.name}.partial")
+        chunks: list[dict[str, Any]] = []
+        bad: list[str] = []
         try:
-            listed = json.loads(index.read_text())["weight_map"]
-            names = sorted(set(listed.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is not an index of safetensors files") from None
-    else:
-        names = [WEIGHTS]
-        if not (folder / WEIGHTS).is_file():
-            pickled = ", ".join(sorted(p.name for p in folder.glob("*.bin"))[:3])
-            raise ValueError(f"{folder} has neither {INDEX} nor {WEIGHTS}{f' (pickled {pickled} are never read)' if pickled else ''}")
-    where: dict[str, Any] = {}
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or path.resolve().parent != root:
-            raise ValueError(f"{index if listed else folder}: {name!r} lies outside the folder: refused")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            keys = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-        twice = sorted(set(keys) & where.keys())
-        if twice:
-            raise ValueError(f"{path}: {twice[0]} is in another file too")
-        where |= dict.fromkeys(keys, file)
-    if listed is not None and (odd := sorted(set(listed) ^ set(where))):
-        raise ValueError(f"{index} and the files disagree about {len(odd)} tensors, the first {odd[0]}")
-    return where
+            with Hashed(unfinished) as file, SourceReader(self.source) as reader:
+                for entry, part in parts:
+                    for piece, numbers in self._pieces(reader, entry, part):
+                        if not is_finite(numbers):
+                            bad.append(part.name)
+                            break
+                        self._append(file, entry, piece, numbers, chunks)
+            if bad:
+                raise ValueError(f"{self.source.folder}: NaN or infinity in {some(bad)}: refused")
+            sync(unfinished)
+            unfinished.rename(self.path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return {"bytes": file.size, "xxh3_128": file.digest(), "chunks": chunks}
+
+    def _pieces(self, reader: SourceReader, entry: Entry, part: Part) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece's numbers `[rows, columns]`, cast."""
+        dtype = dtype_of(entry, self.precision)
+        widest = max(self.source.tensors[part.name].dtype.itemsize, dtype.itemsize)
+        for piece in pieces(entry, part, widest, ranks_of(entry, self.layout)):
+            yield piece, reader.piece(part, piece).to(dtype)
+
+    def _append(self, file: "Hashed", entry: Entry, piece: Piece, numbers: Tensor, chunks: list[dict[str, Any]]) -> None:
+        count = column_parts(entry, ranks_of(entry, self.layout))
+        for number, columns in enumerate(numbers.chunk(count, 1)):
+            offset, box = list(piece.offset), list(piece.box)
+            if count > 1:
+                box[-1] //= count
+                offset[-1] += number * box[-1]
+            start = file.size
+            write_chunk(file, (columns.clone() if count > 1 else columns).view(box))
+            chunk = Chunk(offset=tuple(offset), shape=tuple(box), file=self.name, start=start, length=file.size - start)
+            chunks.append({"key": f"model.{entry.name}", **asdict(chunk)})
 
 
-def _account(folder: Path, files: dict[str, Any], entries: list[Entry]) -> None:
-    """Every tensor is wanted, every wanted one is there, with its shape."""
-    wanted = {name: shape for entry in entries for name, shape in entry.parts}
-    present = {name for name in files if not name.endswith(DECAY_BUFFERS)}
-    for problem, names in (("lacks", sorted(wanted.keys() - present)), ("has unknown", sorted(present - wanted.keys()))):
-        if names:
-            raise ValueError(f"{folder} {problem} {len(names)} tensors: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}")
-    for name, shape in wanted.items():
-        found = tuple(files[name].get_slice(name).get_shape())
-        if found != shape:
-            raise ValueError(f"{folder}: {name} has shape {list(found)}; the configuration asks for {list(shape)}")
+class Hashed:
+    """A new file and the checksum of what is written to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size, self._digest = path, 0, xxhash.xxh3_128()
+
+    def __enter__(self) -> "Hashed":
+        self._file = self.path.open("wb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: Any) -> int:
+        """All of `data`, which may be any bytes."""
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        done = 0
+        while done < len(view):
+            done += self._file.write(view[done:])
+        self.size += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing waits to be written."""
+
+    def digest(self) -> str:
+        return self._digest.hexdigest()
 
 
-def _precision(files: dict[str, Any], entries: list[Entry]) -> Precision:
-    """The one dtype of all weights but routers."""
-    found = {files[name].get_slice(name).get_dtype(): name for entry in entries if not entry.fp32 for name, _ in entry.parts}
-    known: dict[str, Precision] = {"F32": "fp32", "BF16": "bf16"}
-    if len(found) > 1 or not found.keys() <= known.keys():
-        listed = "; ".join(f"{dtype} ({name})" for dtype, name in found.items())
-        raise ValueError(f"weights are {listed}; all of them must be F32 or all BF16 (routers may be F32)")
-    return known[next(iter(found))]
-
-
-@torch.no_grad()
-def _fill(decoder: Decoder, entries: list[Entry], read: Callable[[str], Tensor]) -> None:
-    parameters = dict(decoder.named_parameters())
-    assert parameters.keys() == {entry.name for entry in entries}
-    for entry in entries:
-        tensor = entry.join(read)
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{entry.parts[0][0]} holds NaN or infinity: refused")
-        parameters[entry.name].copy_(tensor)
+def _complete(result: Path, source: Source, record: Record, shards: dict[str, dict[str, Any]]) -> None:
+    """What a checkpoint has besides its shards: index, record, the files that travel, manifest."""
+    chunks: dict[str, list[Chunk]] = {}
+    for shard in shards.values():
+        for chunk in shard["chunks"]:
+            key, offset, shape = chunk.pop("key"), tuple(chunk.pop("offset")), tuple(chunk.pop("shape"))
+            chunks.setdefault(key, []).append(Chunk(offset=offset, shape=shape, **chunk))
+    stored = {
+        f"model.{entry.name}": Stored(
+            shape=entry.shape, dtype=dtype_of(entry, record.precision), chunks=tuple(chunks[f"model.{entry.name}"])
+        )
+        for entry in source.entries
+    }
+    write_index(result / TENSORS, stored)
+    write_record(result, record)
+    carried.carry_in(source.folder, source.raw_config, result)
+    known = {f"{TENSORS}/{name}": (shard["bytes"], shard["xxh3_128"]) for name, shard in shards.items()}
+    write_manifest(result, known)

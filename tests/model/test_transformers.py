@@ -31,25 +31,9 @@ def pair(alone: Session) -> tuple[Decoder, torch.nn.Module]:
     state = theirs.state_dict()
     parameters = dict(ours.named_parameters())
     with torch.no_grad():
-        for entry in table(config):
-            for name, value in entry.split(parameters[entry.name]).items():
-                _put(state, name, value)
+        for entry in table(config, "memory"):
+            state[entry.parts[0].name].copy_(parameters[entry.name])
     return ours, theirs
-
-
-def _put(state: dict[str, Tensor], name: str, value: Tensor) -> None:
-    """Copies an on-disk tensor to where transformers keeps it in memory (experts are fused there)."""
-    name = name.replace("block_sparse_moe.gate", "mlp.gate")
-    if ".experts." not in name:
-        state[name].copy_(value)
-        return
-    layer, _, rest = name.partition("block_sparse_moe.experts.")
-    expert, matrix = int(rest.split(".")[0]), rest.split(".")[1]
-    if matrix == "w2":
-        state[f"{layer}mlp.experts.down_proj"][expert].copy_(value)
-    else:
-        half = value.shape[0]
-        state[f"{layer}mlp.experts.gate_up_proj"][expert, : half if matrix == "w1" else 2 * half][-half:].copy_(value)
 
 
 @pytest.mark.parametrize("length", [1, 75, 300, 600])
@@ -73,23 +57,10 @@ def test_every_gradient(pair: tuple[Decoder, torch.nn.Module]) -> None:
     loss.backward()
     assert losses.mean().item() == pytest.approx(loss.item(), abs=1e-6)
     expected = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
+    theirs_of = {entry.name: entry.parts[0].name for entry in table(ours.config, "memory")}
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
-        assert relative(parameter.grad, _as_ours(name, expected)) < 1e-5, name
-
-
-def _as_ours(name: str, theirs: dict[str, Tensor]) -> Tensor:
-    """transformers' in-memory gradient of our parameter."""
-    renamed = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
-    if name in renamed:
-        return theirs[renamed[name]]
-    _, layer, rest = name.split(".", 2)
-    rest = rest.replace("attention_norm", "input_layernorm").replace("experts_norm", "post_attention_layernorm")
-    rest = rest.replace("experts.router", "mlp.gate").replace("experts.gate_up", "mlp.experts.gate_up_proj")
-    rest = rest.replace("experts.down", "mlp.experts.down_proj")
-    if rest.startswith("attention."):
-        rest = "self_attn." + rest.removeprefix("attention.")
-    return theirs[f"model.layers.{layer}.{rest}"]
+        assert relative(parameter.grad, expected[theirs_of[name]]) < 1e-5, name
 
 
 def test_the_comparison_sees_a_wrong_rotary(pair: tuple[Decoder, torch.nn.Module], tmp_path: Path) -> None:
