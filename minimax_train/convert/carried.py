@@ -1,6 +1,7 @@
 """Files that travel with the weights: tokenizer, generation settings, licence, and the release's own code, copied but never run."""
 
 import json
+import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -59,7 +60,7 @@ def _code(source: Path, raw_config: dict[str, Any]) -> list[str]:
     auto_map = raw_config.get("auto_map")
     values = auto_map.values() if isinstance(auto_map, dict) else ()
     names = {f"{value.split('.')[0]}.py" for value in values if isinstance(value, str) and "--" not in value}
-    return sorted(name for name in names if name == Path(name).name and (source / name).exists())
+    return sorted(name for name in names if name == Path(name).name and os.path.lexists(source / name))
 
 
 def _copy(source: Path, name: str, target: Path) -> None:

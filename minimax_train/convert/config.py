@@ -51,6 +51,7 @@ _NATIVE = {
     "alpha_experts": "mlp_alpha_factor",
     "beta_experts": "mlp_beta_factor",
 }
+_FACTORS = {*_RELEASED, "norm_eps"}
 _REQUIRED_VALUES = {  # keys with one value this model can have; absent means that value
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -143,8 +144,8 @@ def _model(values: dict[str, Any], names: dict[str, str], source: str) -> ModelC
         ours = str(first["loc"][0]) if first["loc"] else ""
         raise ValueError(f"{source}: {names.get(ours, ours) or 'the model'}: {first['msg']}") from None
     for ours, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{source}: {names[ours]} is {value}; a finite number is needed")
+        if ours in _FACTORS and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{source}: {names[ours]} is {value}; a number above 0 is needed")
     return model
 
 

@@ -7,17 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from torch import Tensor
 
-from data.commit import sync
 from minimax_train.checkpoint.manifest import write_manifest
 from minimax_train.checkpoint.record import Progress, Record, read_record, write_record
 from minimax_train.checkpoint.shelf import TENSORS
 from minimax_train.convert import carried
 from minimax_train.convert.cast import dtype_of, is_finite, precision_of
+from minimax_train.convert.hashed import Hashed
 from minimax_train.convert.pieces import Piece, column_parts, pieces, ranks_of
-from minimax_train.convert.shards import plan_shards
+from minimax_train.convert.shards import SHARD_BYTES, plan_shards
 from minimax_train.convert.source import Source, SourceReader, open_source, some
 from minimax_train.convert.table import Entry, Part
 from minimax_train.convert.work import FinishedElsewhereError, Job, Work, conversion, refuse_existing
@@ -29,7 +28,14 @@ Parts = list[tuple[Entry, Part]]
 
 
 def from_hf(
-    folder: Path, final: Path, *, cast: Precision | None = None, layout: Layout | None = None, workers: int = 1, quiet: bool = True
+    folder: Path,
+    final: Path,
+    *,
+    cast: Precision | None = None,
+    layout: Layout | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 1,
+    quiet: bool = True,
 ) -> Record:
     """Writes the folder's weights as a checkpoint at `final`, in their own precision or in `cast`; routers are fp32.
 
@@ -51,14 +57,14 @@ def from_hf(
         progress=Progress(),
         optimizer_steps=None,
     )
-    identity = {**source.identity(), "precision": precision, "layout": [layout.tensor, layout.expert_tensor]}
+    identity = {**source.identity(), "precision": precision, "layout": [layout.tensor, layout.expert_tensor], "shard_bytes": shard_bytes}
     parts = [(entry, part) for entry in source.entries for part in entry.parts]
     sizes = [math.prod(part.shape) * dtype_of(entry, precision).itemsize for entry, part in parts]
     try:
         with conversion(final, identity, sum(sizes)) as work:
             (work.result / TENSORS).mkdir(exist_ok=True)
             jobs = []
-            for number, run in enumerate(plan_shards(sizes)):
+            for number, run in enumerate(plan_shards(sizes, shard_bytes)):
                 shard = _Shard(source, precision, layout, work, f"__{number}_0.distcp")
                 held = parts[run.start : run.stop]
                 jobs.append(Job(name=shard.name, bytes=sum(sizes[run.start : run.stop]), run=partial(shard.write, held)))
@@ -91,7 +97,6 @@ class _Shard:
                         self._append(file, entry, piece, numbers, chunks)
             if bad:
                 raise ValueError(f"{self.source.folder}: NaN or infinity in {some(bad)}: refused")
-            sync(unfinished)
             unfinished.rename(self.path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -115,36 +120,6 @@ class _Shard:
             write_chunk(file, (columns.clone() if count > 1 else columns).view(box))
             chunk = Chunk(offset=tuple(offset), shape=tuple(box), file=self.name, start=start, length=file.size - start)
             chunks.append({"key": f"model.{entry.name}", **asdict(chunk)})
-
-
-class Hashed:
-    """A new file and the checksum of what is written to it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.size, self._digest = path, 0, xxhash.xxh3_128()
-
-    def __enter__(self) -> "Hashed":
-        self._file = self.path.open("wb", buffering=0)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def write(self, data: Any) -> int:
-        """All of `data`, which may be any bytes."""
-        view = memoryview(data).cast("B")
-        self._digest.update(view)
-        done = 0
-        while done < len(view):
-            done += self._file.write(view[done:])
-        self.size += len(view)
-        return len(view)
-
-    def flush(self) -> None:
-        """Nothing waits to be written."""
-
-    def digest(self) -> str:
-        return self._digest.hexdigest()
 
 
 def _complete(result: Path, source: Source, record: Record, shards: dict[str, dict[str, Any]]) -> None:

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from minimax_train.convert.config import Described, read_config
 from minimax_train.convert.pieces import Piece, matrix
 from minimax_train.convert.safetensors_file import NAMES, Located, read_header
 from minimax_train.convert.table import Entry, Part, Stacking, is_decay_buffer, table, tensor_count
-from minimax_train.engine.torch_dist import read_numbers
+from minimax_train.engine.torch_dist import Numbers
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,27 +38,18 @@ class Source:
         return {"source": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]}
 
 
-class SourceReader:
-    """Pieces of a source's tensors; a context manager that holds each file open."""
+class SourceReader(Numbers):
+    """Pieces of a source's tensors."""
 
     def __init__(self, source: Source) -> None:
+        super().__init__()
         self.source = source
-        self._files: dict[Path, IO[bytes]] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
 
     def piece(self, part: Part, piece: Piece) -> Tensor:
         """`[rows, columns]` of a piece in the file's dtype."""
         place, (_, columns) = self.source.tensors[part.name], matrix(part.shape)
-        if place.path not in self._files:
-            self._files[place.path] = place.path.open("rb", buffering=0)
-        start = place.start + piece.first * columns * place.dtype.itemsize
-        return read_numbers(self._files[place.path], start, (piece.end - piece.first) * columns, place.dtype).view(-1, columns)
+        numbers = self.scratch((piece.end - piece.first) * columns, place.dtype)
+        return self.fill(numbers, place.path, place.start + piece.first * columns * place.dtype.itemsize).view(-1, columns)
 
 
 def open_source(folder: Path) -> Source:

@@ -15,10 +15,11 @@ from minimax_train.checkpoint.manifest import checksum
 from minimax_train.convert import carried
 from minimax_train.convert.cast import dtype_of, is_finite
 from minimax_train.convert.config import Format, write_config
-from minimax_train.convert.from_hf import Hashed, Parts
+from minimax_train.convert.from_hf import Parts
+from minimax_train.convert.hashed import Hashed
 from minimax_train.convert.pieces import pieces
 from minimax_train.convert.safetensors_file import header_of
-from minimax_train.convert.shards import plan_shards, shard_name
+from minimax_train.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from minimax_train.convert.source import INDEX, some
 from minimax_train.convert.stored import StoredModel
 from minimax_train.convert.table import table
@@ -33,11 +34,11 @@ def to_hf(
     *,
     tokenizer: Path | None = None,
     cast: Precision | None = None,
-    shard_bytes: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
     workers: int = 1,
     quiet: bool = True,
 ) -> None:
-    """Writes config.json, the weights in files of about `shard_bytes` (default: as the release) with their index, and the files that came
+    """Writes config.json, the weights in files of about `shard_bytes` with their index, and the files that came
     with the weights to a new folder, complete or not at all.
 
     Tensors keep the checkpoint's precision unless `cast` names another; routers stay fp32, as released. ValueError where the format cannot
@@ -51,7 +52,7 @@ def to_hf(
     config = write_config(record.model, record.rope_base, kind, dtype, record.max_positions, origin)
     parts = [(entry, part) for entry in table(record.model) for part in entry.parts]
     sizes = [math.prod(part.shape) * dtype_of(entry, precision).itemsize for entry, part in parts]
-    runs = plan_shards(sizes, **({} if shard_bytes is None else {"shard_bytes": shard_bytes}))
+    runs = plan_shards(sizes, shard_bytes)
     identity = {"source": checksum(checkpoint / MANIFEST), "precision": precision, "format": kind, "files": len(runs)}
     try:
         with conversion(final, identity, sum(sizes)) as work:
@@ -107,7 +108,6 @@ class _Shard:
                         file.write(numbers.view(torch.uint8).numpy())
             if bad:
                 raise ValueError(f"{self.model.folder}: NaN or infinity in {some(bad)}: refused")
-            sync(unfinished)
             unfinished.rename(self.path)
         finally:
             unfinished.unlink(missing_ok=True)

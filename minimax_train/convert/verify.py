@@ -156,7 +156,7 @@ def _assemble(entry: Entry, read: Callable[[Part], Iterator[Tensor]]) -> Tensor:
     whole = torch.empty(entry.shape)
     for part in entry.parts:
         box = whole[tuple(slice(low, low + size) for low, size in zip(part.offset, part.box, strict=True))]
-        box.copy_(torch.cat([x.float() for x in read(part)]).view(part.box))
+        box.copy_(torch.cat([x.to(torch.float32, copy=True) for x in read(part)]).view(part.box))
     return whole
 
 

@@ -8,7 +8,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minimax_train.engine.state import Sharded
-from minimax_train.engine.torch_dist import read_metadata
+from minimax_train.engine.torch_dist import read_index
 
 
 def write_tensors(state: Sharded, folder: Path) -> None:
@@ -27,7 +27,7 @@ def read_tensors(state: Sharded, folder: Path) -> None:
 
     ValueError where the folder lacks a tensor or has it in another shape, as an earlier version stored optimizer state.
     """
-    read_metadata(folder)  # refuses a pickle that would make anything but a checkpoint's records, before megatron-core loads it
+    read_index(folder)  # refuses a pickle that would make anything but a checkpoint's records, before megatron-core loads it
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
     for sharded in state.values():
         found = stored[sharded.key].global_shape if sharded.key in stored else None

@@ -17,29 +17,27 @@ from typing import IO, Any, Self, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.utils.serialization import config
 
 METADATA = ".metadata"
 OWN_FILES = ("metadata.json", "common.pt")
 BACKENDS = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
-_KNOWN = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex", "BytesStorageMetadata",
         "StorageMeta", "_MEM_FORMAT_ENCODING",
-    )),
-    *(("torch.distributed.checkpoint.planner", name) for name in (
-        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
-    )),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    *(("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")),
-    ("collections", "OrderedDict"),
+    },
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
 }  # fmt: skip
+_DTYPES = ("float64", "float32", "bfloat16", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
+_VALUES = {
+    ("torch.serialization", "_get_layout"): lambda name: name,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): dict,
+    **{("torch", name): getattr(torch, name) for name in _DTYPES},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,56 +60,63 @@ class Stored:
     chunks: tuple[Chunk, ...]
 
 
-class _KnownClasses(pickle.Unpickler):
-    """Makes nothing but the records of a `.metadata`: a pickle may otherwise run any code."""
+class _Record:
+    """What a pickle says of one of torch's records: its fields as attributes, or, where it has another form, as `state`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update(state)
+        else:
+            self.state = state
+
+
+class _Records(pickle.Unpickler):
+    """Makes `_Record`s and numbers, nothing else, and calls nothing of torch's: a pickle may otherwise run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint's metadata holds")
-        return super().find_class(module, name)
+        if name in _RECORDS.get(module, ()):
+            return type(name, (_Record,), {})
+        if (module, name) in _VALUES:
+            return _VALUES[module, name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint's metadata holds")
 
 
-def read_metadata(folder: Path) -> torch_metadata.Metadata:
-    """The records of `.metadata`; nothing else is made or run. ValueError where it is something else."""
+def read_index(folder: Path) -> dict[str, Stored]:
+    """Every tensor of the folder. ValueError where `.metadata` is or makes anything but the records of one, or a chunk has no place in a
+    file of the folder's own."""
     path = folder / METADATA
     try:
-        metadata = _KnownClasses(io.BytesIO(path.read_bytes())).load()
+        metadata = _Records(io.BytesIO(path.read_bytes())).load()
+        places = {(place.fqn, tuple(place.offset or ())): info for place, info in metadata.storage_data.items()}
+        tensors = {key: tensor for key, tensor in metadata.state_dict_metadata.items() if hasattr(tensor, "chunks")}
+        return {key: _stored(key, tensor, places) for key, tensor in tensors.items()}
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {METADATA}: it is no torch_dist checkpoint") from None
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"{path} is refused: {type(error).__name__}: {error}") from None
-    if not isinstance(metadata, torch_metadata.Metadata):
-        raise ValueError(f"{path} holds {type(metadata).__name__}, not a checkpoint's metadata")
-    return metadata
 
 
-def read_index(folder: Path) -> dict[str, Stored]:
-    """Every tensor of the folder. ValueError where a chunk has no place, or its place is no file of the folder's own."""
-    metadata = read_metadata(folder)
-    places = {(place.fqn, tuple(place.offset or ())): info for place, info in metadata.storage_data.items()}
-    stored = {}
-    for key, tensor in metadata.state_dict_metadata.items():
-        if not isinstance(tensor, torch_metadata.TensorStorageMetadata):
-            continue
-        chunks = []
-        for chunk in tensor.chunks:
-            info = places.get((key, tuple(chunk.offsets)))
-            if info is None or Path(info.relative_path).name != info.relative_path:
-                raise ValueError(f"{folder / METADATA} gives no place in this folder for {key} at {list(chunk.offsets)}")
-            chunks.append(
-                Chunk(offset=tuple(chunk.offsets), shape=tuple(chunk.sizes), file=info.relative_path, start=info.offset, length=info.length)
-            )
-        stored[key] = Stored(shape=tuple(tensor.size), dtype=tensor.properties.dtype, chunks=tuple(chunks))
-    return stored
+def _stored(key: str, tensor: Any, places: Mapping[tuple[str, tuple[int, ...]], Any]) -> Stored:
+    chunks = []
+    for chunk in tensor.chunks:
+        info = places[key, tuple(chunk.offsets)]
+        if Path(info.relative_path).name != info.relative_path:
+            raise ValueError(f"{key} lies in {info.relative_path!r}, outside the folder")
+        place = {"file": str(info.relative_path), "start": int(info.offset), "length": int(info.length)}
+        chunks.append(Chunk(offset=tuple(chunk.offsets), shape=tuple(chunk.sizes), **place))  # type: ignore[arg-type]
+    return Stored(shape=tuple(tensor.size), dtype=tensor.properties.state[0], chunks=tuple(chunks))
 
 
-class Reader:
-    """Rows of stored tensors; holds each file open, and no more of them in memory than is asked for."""
+class Numbers:
+    """Numbers out of files, into memory that is used again: first touches of fresh memory cost as much as the reading. What a method
+    returns is good until the next one is called. A context manager that holds each file open."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files: dict[str, IO[bytes]] = {}
-        self._data: dict[tuple[str, int], int] = {}  # (file, start of a chunk) -> where its numbers start
+    def __init__(self) -> None:
+        self._files: dict[Path, IO[bytes]] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def __enter__(self) -> Self:
         return self
@@ -120,52 +125,69 @@ class Reader:
         for file in self._files.values():
             file.close()
 
+    def scratch(self, count: int, dtype: torch.dtype) -> Tensor:
+        """`[count]` uninitialised numbers, all of their storage."""
+        if len(self._scratch) != count * dtype.itemsize:
+            self._scratch = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        return self._scratch.view(dtype)
+
+    def open(self, path: Path) -> IO[bytes]:
+        """The file, opened once."""
+        if path not in self._files:
+            self._files[path] = path.open("rb", buffering=0)
+        return self._files[path]
+
+    def fill(self, out: Tensor, path: Path, start: int) -> Tensor:
+        """Fills `out`, contiguous, from byte `start` of the file. OSError where the file ends before."""
+        file, view, done = self.open(path), memoryview(out.view(torch.uint8).view(-1).numpy().data), 0
+        file.seek(start)
+        while done < len(view):
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not got:
+                raise OSError(f"{path} ends {len(view) - done} bytes early")
+            done += got
+        return out
+
+
+class Reader(Numbers):
+    """Rows of stored tensors, and no more of them in memory than is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self._data: dict[tuple[str, int], int] = {}  # (file, start of a chunk) -> where its numbers start
+
     def rows(self, key: str, stored: Stored, leading: tuple[int, ...], first: int, end: int) -> Tensor:
         """`[end - first, columns]`: of the matrix that `leading` picks of a stored tensor (of its rows and columns; a vector is a column)
         the rows first .. end - 1. ValueError where no chunk holds a part of them."""
-        shape = _as_matrices(stored.shape)
-        out = torch.empty((end - first, shape[-1]), dtype=stored.dtype)
+        columns = _as_matrices(stored.shape)[-1]
+        out = self.scratch((end - first) * columns, stored.dtype).view(-1, columns)
         filled = 0
         for chunk in stored.chunks:
             offset, size = _as_matrices(chunk.offset, pad=0), _as_matrices(chunk.shape)
             place = [i - low for i, low in zip(leading, offset[:-2], strict=True)]
-            if any(not 0 <= i < n for i, n in zip(place, size[:-2], strict=True)):
-                continue
             low, high = max(first, offset[-2]), min(end, offset[-2] + size[-2])
-            if low >= high:
+            if low >= high or any(not 0 <= i < n for i, n in zip(place, size[:-2], strict=True)):
                 continue
             matrix = 0
             for i, n in zip(place, size[:-2], strict=True):
                 matrix = matrix * n + i
-            part = self._read(key, chunk, stored.dtype, (matrix * size[-2] + low - offset[-2]) * size[-1], (high - low) * size[-1])
-            out[low - first : high - first, offset[-1] : offset[-1] + size[-1]] = part.view(high - low, size[-1])
-            filled += part.numel()
+            box = out[low - first : high - first, offset[-1] : offset[-1] + size[-1]]
+            start = self._start(key, chunk, stored.dtype) + (matrix * size[-2] + low - offset[-2]) * size[-1] * stored.dtype.itemsize
+            if box.is_contiguous():
+                self.fill(box, self.folder / chunk.file, start)
+            else:
+                box.copy_(self.fill(torch.empty(box.shape, dtype=stored.dtype), self.folder / chunk.file, start))
+            filled += box.numel()
         if filled != out.numel():
             raise ValueError(f"{self.folder} holds only {filled} of the {out.numel()} numbers of {key}, rows {first} to {end - 1}")
         return out
 
-    def _read(self, key: str, chunk: Chunk, dtype: torch.dtype, first: int, count: int) -> Tensor:
-        file = self._files.get(chunk.file)
-        if file is None:
-            file = self._files[chunk.file] = (self.folder / chunk.file).open("rb", buffering=0)
-        start = self._data.get((chunk.file, chunk.start))
-        if start is None:
-            start = self._data[chunk.file, chunk.start] = chunk.start + _numbers_at(file, key, chunk, dtype)
-        return read_numbers(file, start + first * dtype.itemsize, count, dtype)
-
-
-def read_numbers(file: IO[bytes], start: int, count: int, dtype: torch.dtype) -> Tensor:
-    """`[count]` numbers of an unbuffered file from byte `start`. OSError where the file ends before."""
-    out = torch.empty(count, dtype=dtype)
-    view = memoryview(out.view(torch.uint8).numpy().data)
-    file.seek(start)
-    done = 0
-    while done < len(view):
-        got = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not got:
-            raise OSError(f"{file.name} ends {len(view) - done} bytes early")
-        done += got
-    return out
+    def _start(self, key: str, chunk: Chunk, dtype: torch.dtype) -> int:
+        place = chunk.file, chunk.start
+        if place not in self._data:
+            self._data[place] = chunk.start + _numbers_at(self.open(self.folder / chunk.file), key, chunk, dtype)
+        return self._data[place]
 
 
 def _numbers_at(file: IO[bytes], key: str, chunk: Chunk, dtype: torch.dtype) -> int:
@@ -194,11 +216,19 @@ def write_chunk(file: Any, tensor: Tensor) -> None:
     """Writes `tensor`, contiguous and all of its storage, where `file` (anything with `write`) stands."""
     assert tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     with config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]  # put there at import  # the manifest has a better one
-        torch.save(tensor, file)
+        try:
+            torch.save(tensor, file)
+        except RuntimeError as error:  # "unexpected pos": what its writer makes of a full disk
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def write_index(folder: Path, stored: Mapping[str, Stored]) -> None:
     """Writes `.metadata`, `metadata.json` and `common.pt`, the same bytes for the same tensors."""
+    from torch.distributed.checkpoint import filesystem  # here, for it takes longer than torch itself, and only this needs it
+    from torch.distributed.checkpoint import metadata as torch_metadata
+
     tensors: dict[str, Any] = {}
     places: dict[torch_metadata.MetadataIndex, Any] = {}
     for key, tensor in stored.items():
