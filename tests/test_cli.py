@@ -181,6 +181,9 @@ def test_start_from_converted_weights(recipe: Path, corpus: Path, tmp_path: Path
     begun = run("train", recipe, "--to", other, "--set", start, "--set", "steps=1")
     assert begun.returncode == 0, begun.stderr
     assert "beginning from" in begun.stderr
+    assert run("convert", "to-hf", other, "--to", tmp_path / "hf again").returncode == 0  # the tokenizer travels by itself
+    tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (tmp_path / "hf", tmp_path / "hf again")]
+    assert tokenizers[0] == tokenizers[1]
     validation = [json.loads(line) for folder in (first, other) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ends = [line["validation_loss"] for line in validation if "validation_loss" in line]
     assert ends[1] == ends[2], "the first score of the new run is the last of the old: the same weights"

@@ -42,6 +42,13 @@ def origin(checkpoint: Path) -> tuple[Path | None, dict[str, Any] | None]:
     return None, None
 
 
+def keep(checkpoint: Path, run: Path) -> None:
+    """Copies what travelled with the checkpoint that a run begins from into the run, for the exports of the run's own checkpoints."""
+    source, _ = origin(checkpoint)
+    if source is not None:
+        shutil.copytree(source, run / FOLDER, dirs_exist_ok=True)
+
+
 def carry_out(source: Path, raw_config: dict[str, Any], kind: Format, export: Path) -> None:
     """Copies what travelled to an export; the code only where the format is the one it was made for."""
     names = _named(source)

@@ -144,8 +144,11 @@ class Work:
 
 
 def refuse_existing(target: Path) -> None:
-    """ValueError where something stands at `target`."""
+    """ValueError where something stands at `target`; what a process left that was killed right after its rename is removed."""
     if target.exists() or target.is_symlink():
+        work = Work(target)
+        if work.folder.exists() and not work.result.exists():
+            work.remove()
         raise ValueError(f"{target} already exists and is never written over: remove it or choose another --to")
 
 

@@ -10,6 +10,7 @@ from minimax_train.checkpoint.commit import remove_leftovers
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import check_architecture, describe, newest_verified, resolve, set_aside, verified_record
 from minimax_train.checkpoint.store import load_weights
+from minimax_train.convert.carried import keep
 from minimax_train.engine.state import adopt_weights, optimizer_state, optimizer_steps, prepare_optimizer, set_optimizer_steps
 from minimax_train.engine.storage import read_tensors
 from minimax_train.engine.trainer import Trainer
@@ -83,6 +84,8 @@ def open_run(plan: Plan, folder: RunFolder) -> Opening:
     if newest is None:
         if passed:
             raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; move them away to start again")
+        if start[0] is not None:
+            keep(start[0], folder.path)
         return Opening(checkpoint=start[0], record=start[1], resumed=False, notes=notes + start[2])
     record = verified_record(newest)
     check_architecture(record, plan.model, newest)

@@ -79,6 +79,8 @@ def test_killed_at_ten_random_points(tmp_path: Path, checkpoint: Path, convert: 
     assert met >= 2, "no kill met the conversion at work: the test shows nothing"
     if not (tmp_path / "target").exists():
         convert(source, tmp_path / "target")
+    with pytest.raises(ValueError, match="already exists"):
+        convert(source, tmp_path / "target")  # and what is left of a kill right after the rename is gone now
     assert contents(tmp_path / "target") == contents(tmp_path / "undisturbed")
     assert len(contents(tmp_path / "target")) > 15
     assert sorted(p.name for p in tmp_path.iterdir()) == ["target", "undisturbed"]
@@ -153,6 +155,7 @@ def test_another_conversion_may_not_go_on(tmp_path: Path) -> None:
         from_hf(FIXTURE, tmp_path / "target", cast="bf16", shard_bytes=SMALL)
     source = tmp_path / "source"
     shutil.copytree(FIXTURE, source)
+    os.utime(source / "model.safetensors")
     with pytest.raises(ValueError, match="differs in source"):
         incoming(source, tmp_path / "target")
     incoming(FIXTURE, tmp_path / "target")  # and the one that was begun is as it was
