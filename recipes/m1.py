@@ -1,8 +1,8 @@
 """MiniMax-M1's way on from MiniMax-Text-01 (arXiv 2506.13585, section 2): more pretraining, then context in four smoother stages.
 
-Published: 7.5T tokens, their rates, that the decay took 5T, that there were four stages from 32K to 1M because larger jumps made gradients
-explode. Not published, and ours: the decay's shape, length and batch, the two middle lengths, and of the stages all tokens, bases, mixtures,
-rates and layouts.
+Published: 7.5T tokens, their rates, that the decay took 5T, that there were four stages from 32K to 1M because larger jumps made
+gradients explode. Not published, and ours: the decay's shape, length and batch, the two middle lengths, and of the stages all tokens,
+bases, mixtures, rates and layouts.
 """
 
 from dataclasses import replace
@@ -47,14 +47,14 @@ def extend() -> Plan:
         batch_tokens=64 * M,
         learning_rate=LearningRate(peak=8e-6, warmup_steps=50),
         mixture=mixture(60, 40, 0),
-        layout=Layout(tensor=8, pipeline=8, expert=32),
+        layout=Layout(tensor=8, pipeline=10, expert=32),
     )
     second = replace(
         first,
         name="128K",
         length=128 * K,
         mixture=mixture(30, 70, 0, ramp_tokens=4 * B),
-        layout=Layout(tensor=8, pipeline=8, context=4, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=4, expert=32),
         recompute="selective",
     )
     third = replace(
@@ -62,7 +62,7 @@ def extend() -> Plan:
         name="512K",
         length=512 * K,
         mixture=mixture(35, 35, 30, ramp_tokens=4 * B),
-        layout=Layout(tensor=8, pipeline=8, context=16, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=8, expert=32),
         recompute="full",
     )
     last = replace(
@@ -70,7 +70,7 @@ def extend() -> Plan:
         name="1M",
         length=1024 * K,
         mixture=mixture(30, 30, 40, ramp_tokens=4 * B),
-        layout=Layout(tensor=8, pipeline=8, context=32, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=8, expert=32),
     )
     return Plan(
         name="m1-extend",

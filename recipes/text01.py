@@ -1,7 +1,8 @@
 """MiniMax-Text-01 at full size: how it was pretrained and how its context was extended (arXiv 2501.08313, section 4 and Table 6).
 
 Published: lengths, RoPE bases, tokens, batches and rates of pretraining, mixtures by document length. Not published, and ours: batch and
-rate of the extension stages, how long the mixture takes to change, all layouts, that 128K is 131,072. The prefixes stand for your own files.
+rate of the extension stages, how long the mixture takes to change, all layouts, that 128K is 131,072. The prefixes stand for your own
+files.
 """
 
 from minimax_train.model.config import text01
@@ -10,8 +11,9 @@ from parallel.layout import Layout
 
 K, M, B, T = 2**10, 2**20, 10**9, 10**12  # lengths and batches in powers of two (ours), corpora in powers of ten
 CORPUS, VALIDATION = "tokens/text01/corpus", "tokens/text01/validation"
-AT_8K = Layout(tensor=8, pipeline=8, expert=32)
-"""Ours, for 512 H800s or a multiple: an expert group of 32 ranks is four nodes; the experts are not cut."""
+AT_8K = Layout(tensor=8, pipeline=10, expert=32)
+"""Ours, for 640 H800s or a multiple. Ten pipeline stages have a softmax layer each, which at 1M tokens costs as much as what is left of its
+stage twice over; an expert group of 32 ranks is four nodes; the experts are not cut. Whether it fits the memory was not tried."""
 
 
 def shape() -> Plan:
@@ -118,7 +120,7 @@ def _at_128k() -> Stage:
         batch_tokens=128 * M,
         learning_rate=LearningRate(peak=3e-5, warmup_steps=20),  # ours: where pretraining ended
         mixture=mixture(30, 70, 0),
-        layout=Layout(tensor=8, pipeline=8, context=4, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=4, expert=32),
         recompute="selective",
     )
 
@@ -132,7 +134,7 @@ def _at_512k(*, ramp: bool = True) -> Stage:
         batch_tokens=128 * M,
         learning_rate=LearningRate(peak=3e-5, warmup_steps=20),
         mixture=mixture(35, 35, 30, ramp_tokens=3 * B if ramp else 0),
-        layout=Layout(tensor=8, pipeline=8, context=16, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=8, expert=32),
         recompute="full",
     )
 
@@ -146,6 +148,6 @@ def _at_1m(*, ramp: bool = True) -> Stage:
         batch_tokens=128 * M,
         learning_rate=LearningRate(peak=3e-5, warmup_steps=20, final=3e-6, decay_tokens=13 * B),  # ours
         mixture=mixture(30, 30, 40, ramp_tokens=3 * B if ramp else 0),
-        layout=Layout(tensor=8, pipeline=8, context=32, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=8, expert=32),
         recompute="full",
     )
