@@ -24,7 +24,7 @@ Ids = list[int]
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """How puzzles are said. Templates are filled in with `str.format`; each piece is encoded by itself, so that it is always the same ids."""
+    """How puzzles are said. Templates are filled in with `str.format`; a piece is encoded by itself, so that it is always the same ids."""
 
     encode: Callable[[str], Ids]
     intro: str
@@ -155,8 +155,8 @@ class _Filler:
 
 def english(encode: Callable[[str], Ids]) -> Words:
     """Plain sentences for any tokenizer of text. Keys, numbers and filler are of RULER's kinds."""
-    kinds = "brave calm eager fancy gentle happy jolly kind lively merry nice proud quick rapid silly tidy vivid warm wise young".split()
-    things = "apple bridge candle door engine forest garden hammer island jacket kettle lamp mirror needle ocean pencil river".split()
+    kinds = ["brave", "calm", "eager", "fancy", "gentle", "happy", "jolly", "kind", "lively", "merry", "nice", "proud", "quick", "rapid"]
+    things = ["apple", "bridge", "candle", "door", "engine", "forest", "garden", "hammer", "island", "jacket", "kettle", "lamp", "mirror"]
     return Words(
         encode=encode,
         intro="Some special magic numbers are hidden in the following text. Memorize them: I will ask for them afterwards.\n",

@@ -1,53 +1,24 @@
 """Does the model find what stands far back? Needles in a haystack, by length and depth.
 
-One forward pass a sample, with the true answer fed in: under greedy decoding the answer is right exactly when every one of its tokens is the
-likeliest given the true ones before it. So nothing is generated, and ranks share a sample's row as in training.
+One forward pass a sample, with the true answer fed in: under greedy decoding the answer is right exactly when every one of its tokens is
+the likeliest given the true ones before it. So nothing is generated, and ranks share a sample's row as in training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from random import Random
 
 import numpy as np
 import torch
 
 from data.batches import NOTHING_TO_PREDICT
 from data.batches import Row as DataRow
-from data.needles import TASKS, Sample, Task, Words, make_sample
+from data.needles import Sample, Task, Words
 from minimax_train.engine.session import Session
 from minimax_train.evaluate.answers import said_at
+from minimax_train.evaluate.grid import Grid
 from minimax_train.model.decoder import Decoder
 from minimax_train.train.rows import to_row
 from parallel.collectives import all_sum
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """What is asked. Lengths in tokens; depths from 0 (before all filler) to 1 (right before the question)."""
-
-    tasks: tuple[Task, ...] = TASKS
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    samples: int = 8
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"task {task!r} is unknown; choose from {', '.join(TASKS)}")
-        if not self.tasks or not self.lengths or not self.depths:
-            raise ValueError(f"tasks, lengths and depths are {self.tasks}, {self.lengths} and {self.depths}; each needs at least one")
-        if min(self.lengths) < 1 or self.samples < 1:
-            raise ValueError(f"lengths are {self.lengths}, samples {self.samples}; each must be at least 1")
-        if not all(0 <= depth <= 1 for depth in self.depths):
-            raise ValueError(f"depths are {self.depths}; each must be from 0 to 1")
-        for name in ("tasks", "lengths", "depths"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} are {getattr(self, name)}; say each once")
-
-    def sample(self, words: Words, task: Task, length: int, depth: float, number: int) -> Sample:
-        """The same whatever else is asked, and on every machine."""
-        return make_sample(task, words, length=length, depth=depth, draw=Random(f"{self.seed}/{task}/{length}/{depth}/{number}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +97,11 @@ def needle_table(cells: Sequence[Cell]) -> str:
 
 def _lines(cells: Sequence[Cell]) -> Iterator[str]:
     depths = list(dict.fromkeys(cell.depth for cell in cells))
-    yield f"{'task':12}{'length':>10}  right, % at depth" + "".join(f"{depth:6.0%}" for depth in depths) + f"{'mean':>8}{'tokens':>8}{'nats':>8}"
+    yield (
+        f"{'task':12}{'length':>10}  right, % at depth"
+        + "".join(f"{depth:6.0%}" for depth in depths)
+        + f"{'mean':>8}{'tokens':>8}{'nats':>8}"
+    )
     for task, length in dict.fromkeys((cell.task, cell.length) for cell in cells):
         row = [cell for cell in cells if (cell.task, cell.length) == (task, length)]
         mean, tokens, loss = (sum(getattr(c, name) for c in row) / len(row) for name in ("accuracy", "token_accuracy", "loss"))

@@ -21,9 +21,14 @@ def find_tokenizer(path: Path, given: Path | None, model: ModelConfig) -> Tokeni
         raise ValueError(f"{path}: neither a run with token files nor a checkpoint with {TRAVELLED}/{FILE_NAME}: say --tokenizer T")
     if tokenizer.vocabulary > model.vocab_size:
         raise ValueError(
-            f"the tokenizer{f' {given}' if given else ''} has {tokenizer.vocabulary} ids, the model {model.vocab_size}: give the model's own"
+            f"the tokenizer {given or 'of ' + str(path)} has {tokenizer.vocabulary} ids, the model {model.vocab_size}: give the model's own"
         )
     return tokenizer
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a run or a checkpoint brings one itself."""
+    return run_of(path) is not None or (path / TRAVELLED / FILE_NAME).is_file()
 
 
 def run_of(path: Path) -> RunFolder | None:

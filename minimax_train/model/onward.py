@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimax_train.kernels import lightning_attention
+from minimax_train.model.block import Block
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.lightning import LightningAttention
 from minimax_train.model.rope import rotate, rotation
@@ -34,7 +35,9 @@ def blank(decoder: Decoder) -> Memory:
     config, weight = decoder.config, next(decoder.parameters())
     if not (decoder.is_first and decoder.is_last):
         raise ValueError(f"the decoder has layers {decoder.layers.start} to {decoder.layers.stop - 1} alone; reading on needs all of them")
-    ranks = next(iter(decoder.blocks.values())).experts.groups.size
+    block = next(iter(decoder.blocks.values()))
+    assert isinstance(block, Block)
+    ranks = block.experts.groups.size
     if ranks > 1:
         raise ValueError(f"the model is shared by {ranks} ranks; reading on needs one rank: leave the layout out")
     heads, size = config.num_attention_heads, config.head_dim
@@ -53,8 +56,8 @@ def read_on(decoder: Decoder, tokens_T: Tensor, memory: Memory) -> tuple[Tensor,
     turn = rotation(positions, decoder.config.rotary_dim, decoder.rope_base)
     x, layers = decoder.embedding(tokens_T), []
     for block, kept in zip(decoder.blocks.values(), memory.layers, strict=True):
-        h = block.attention_norm(x)
-        mixer = block.attention
+        assert isinstance(block, Block)
+        h, mixer = block.attention_norm(x), block.attention
         mixed, kept = _lightning(mixer, h, kept) if isinstance(mixer, LightningAttention) else _softmax(mixer, h, turn, kept)
         x, _ = block.after_mixer(h, mixed)
         layers.append(kept)

@@ -44,9 +44,7 @@ def apart(ours: Tensor, truth: Tensor) -> float:
     return float(((ours - truth).norm(dim=-1) / truth.norm(dim=-1)).max())
 
 
-@pytest.mark.parametrize(
-    "sizes", [[77], [1] * 77, [1, 75, 1], [40, 37], [16, 1, 1, 31, 28]], ids=lambda s: f"{len(s)} parts"
-)
+@pytest.mark.parametrize("sizes", [[77], [1] * 77, [1, 75, 1], [40, 37], [16, 1, 1, 31, 28]], ids=lambda s: f"{len(s)} parts")
 def test_every_position_is_as_in_the_parallel_form(decoder: Decoder, sizes: list[int]) -> None:
     ids = prompt(77, 1)
     assert apart(in_parts(decoder, ids, sizes), batch_logits(decoder, ids[None])[0]) < 1e-5
