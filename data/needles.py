@@ -76,25 +76,26 @@ def make_sample(task: Task, words: Words, *, length: int, depth: float, draw: Ra
     if task == "variables":
         return hide(_variables(words, depth, draw), words, length, draw)
     depths = [depth, *(draw.random() for _ in range(KEYS - 1 if task == "multi_key" else 0))]
-    return hide(key_values(words, depths, draw, questions=1), words, length, draw)
+    return hide(key_values(words, depths, draw, questions=[0]), words, length, draw)
 
 
-def key_values(words: Words, depths: Sequence[float], draw: Random, *, questions: int) -> Puzzle:
-    """A key with a value at each of `depths`, and questions for the first `questions` of them, in that order."""
-    keys, values = draw.sample(words.keys, len(depths)), draw.sample(words.values, len(depths))
+def key_values(words: Words, depths: Sequence[float], draw: Random, *, questions: Sequence[int]) -> Puzzle:
+    """A key with a value at each of `depths`, and `questions`, in order: each asks for the key at depths[i]."""
+    keys, values = _drawn(words.keys, len(depths), draw), _drawn(words.values, len(depths), draw)
     pairs = list(zip(keys, values, strict=True))
     return Puzzle(
         statements=[
             (depth, words.encode(words.fact.format(key=key, value=value))) for depth, (key, value) in zip(depths, pairs, strict=True)
         ],
         questions=[
-            (words.encode(words.asked.format(key=key)), words.encode(words.told.format(value=value))) for key, value in pairs[:questions]
+            (words.encode(words.asked.format(key=key)), words.encode(words.told.format(value=value)))
+            for key, value in (pairs[i] for i in questions)
         ],
     )
 
 
 def _variables(words: Words, depth: float, draw: Random) -> Puzzle:
-    values, names = draw.sample(words.values, 2), draw.sample(words.names, 2 * (HOPS + 1))
+    values, names = _drawn(words.values, 2, draw), _drawn(words.names, 2 * (HOPS + 1), draw)
     statements: list[tuple[float, Ids]] = []
     for value, begin, chain in ((values[0], depth, names[: HOPS + 1]), (values[1], draw.random(), names[HOPS + 1 :])):
         statements.append((begin, words.encode(words.assigned.format(name=chain[0], value=value))))
@@ -103,6 +104,13 @@ def _variables(words: Words, depth: float, draw: Random) -> Puzzle:
             statements.append((place, words.encode(words.linked.format(name=name, other=other))))
     answer = words.encode(words.told.format(value=words.between.join(map(str, names[: HOPS + 1]))))
     return Puzzle(statements=statements, questions=[(words.encode(words.which.format(value=values[0])), answer)])
+
+
+def _drawn(population: Sequence[object], count: int, draw: Random) -> list[object]:
+    """So many of them, all different."""
+    if count > len(population):
+        raise ValueError(f"a puzzle needs {count} different words of a kind, and the vocabulary has {len(population)}: make it larger")
+    return draw.sample(population, count)
 
 
 def hide(puzzle: Puzzle, words: Words, length: int, draw: Random) -> Sample:

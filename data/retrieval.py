@@ -1,7 +1,7 @@
 """Documents to learn retrieval from, in a vocabulary of their own: keys, values and filler are single ids.
 
 Ours, for small models: in a language a model must first learn the language. A document is filler with pairs of a key and its value in it,
-and at its end a question for every key. The documents are token files as `data prepare` writes them, with a tokenizer of these words.
+and at its end questions, which may come again. The documents are token files as `data prepare` writes them, with a tokenizer of these words.
 """
 
 import json
@@ -70,16 +70,17 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary | None:
     return found if found.tokenizer().sha256 == tokenizer.sha256 else None
 
 
-def write_retrieval(prefix: Path, vocabulary: Vocabulary, *, length: int, documents: int, pairs: int, seed: int) -> Sidecar:
+def write_retrieval(prefix: Path, vocabulary: Vocabulary, *, length: int, documents: int, pairs: int, questions: int, seed: int) -> Sidecar:
     """Writes PREFIX.bin, .idx, .json and the tokenizer: `documents` of exactly `length` tokens each, the end-of-document id included.
 
-    Each hides 1 to `pairs` keys with their values anywhere and then asks for all of them, in any order. Replaces what stood at PREFIX. The
-    same arguments give the same files. ValueError where there are fewer words than pairs, or `length` is too short for them.
+    Each hides 1 to `pairs` keys with their values anywhere and then asks `questions` questions, each for any of them: that keys come again
+    is what retrieval is learned from quickly. Replaces what stood at PREFIX. The same arguments give the same files. ValueError where there
+    are fewer words than pairs, no questions, or `length` is too short.
     """
     if not 1 <= pairs <= min(vocabulary.keys, vocabulary.values):
         raise ValueError(f"pairs is {pairs}; it must be 1 to {min(vocabulary.keys, vocabulary.values)}, the fewer of keys and values")
-    if vocabulary.filler < 1:
-        raise ValueError("the vocabulary has no filler; it needs at least 1 word of it")
+    if questions < 1 or vocabulary.filler < 1:
+        raise ValueError(f"questions is {questions}, and the vocabulary has {vocabulary.filler} words of filler; each must be at least 1")
     tokenizer, names = vocabulary.tokenizer(), vocabulary.words
     words = vocabulary.puzzle_words(tokenizer)
 
@@ -87,7 +88,8 @@ def write_retrieval(prefix: Path, vocabulary: Vocabulary, *, length: int, docume
         for number in range(documents):
             draw = Random(f"{seed}/{number}")
             count = draw.randint(1, pairs)
-            puzzle = key_values(words, [draw.random() for _ in range(count)], draw, questions=count)
+            depths = [draw.random() for _ in range(count)]
+            puzzle = key_values(words, depths, draw, questions=draw.choices(range(count), k=questions))
             text = " ".join(names[i] for i in hide(puzzle, words, length - 1, draw).ids)
             yield Document(source=f"retrieval/{number}", text=text, size=len(text))
 

@@ -69,8 +69,10 @@ def lengths_of(text: str) -> tuple[int, ...]:
 def depths_of(text: str) -> tuple[float, ...]:
     """5 -> as many depths, from 0 to 1 (1: the middle); 0,0.5,1 -> these. ValueError for what is neither."""
     try:
-        if text.isdecimal() and int(text) > 0:
+        if text.isdecimal():
             count = int(text)
+            if not count:
+                raise ValueError
             return tuple(i / (count - 1) for i in range(count)) if count > 1 else (0.5,)
         return tuple(float(part) for part in text.split(","))
     except ValueError:
