@@ -1,7 +1,7 @@
 """Documents to learn retrieval from, in a vocabulary of their own: keys, values and filler are single ids.
 
 Ours, for small models: in a language a model must first learn the language. A document is filler with pairs of a key and its value in it,
-and at its end questions, which may come again. The documents are token files as `data prepare` writes them, with a tokenizer of these words.
+and at its end questions, which may come again. They become token files as `data prepare` writes them, with a tokenizer of these words.
 """
 
 import json

@@ -469,9 +469,8 @@ def _positions(a: argparse.Namespace) -> int:
 def _needle(a: argparse.Namespace) -> int:
     import torch
 
-    from minimax_train.evaluate.grid import Asked, depths_of, lengths_of, tasks_of
+    from minimax_train.evaluate.grid import Asked, depths_of, layout_of, lengths_of, tasks_of
     from minimax_train.evaluate.tokenizer import run_of
-    from minimax_train.recipe import load_layout
     from parallel.world import run_local
 
     asked = Asked(
@@ -481,7 +480,7 @@ def _needle(a: argparse.Namespace) -> int:
         samples=a.samples,
         seed=a.seed,
     )
-    layout, (place, ranks) = load_layout(a.settings), _ranks(a.ranks)
+    layout, (place, ranks) = layout_of(a.settings), _ranks(a.ranks)
     layout.data(ranks)  # refuses what does not fit
     if a.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but this machine has no CUDA device that torch can use: leave --device out")
@@ -511,7 +510,7 @@ def _needle_rank(place: Any, layout: Any, device: Any, asked: Any, a: argparse.N
             if final is None:
                 told("nothing is written: this is no run's checkpoint; say --to FOLDER for needle.json and needle.png")
             else:
-                write_needles(needles, final)
+                write_needles(needles, final, a.checkpoint.resolve().name)
     return 0
 
 

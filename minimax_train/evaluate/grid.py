@@ -8,6 +8,8 @@ from random import Random
 from data.needles import TASKS, Sample, Task, Words, make_sample
 from minimax_train.checkpoint.record import Record
 from minimax_train.evaluate.tokenizer import run_of
+from minimax_train.recipe import load_layout
+from parallel.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,14 @@ class Asked:
         of_run = () if run is None else tuple(dict.fromkeys(stage.length for stage in run.load_plan().stages))
         lengths = self.lengths or of_run or (record.max_positions,)
         return Grid(tasks=self.tasks, lengths=lengths, depths=self.depths, samples=self.samples, seed=self.seed)
+
+
+def layout_of(settings: Sequence[str]) -> Layout:
+    """--set layout.NAME=N ... -> the layout. ValueError for another field, and for one that cuts the layers."""
+    layout = load_layout(settings)
+    if layout.pipeline > 1:
+        raise ValueError(f"layout.pipeline is {layout.pipeline}; needles need all layers on a rank: use layout.context, tensor or expert")
+    return layout
 
 
 def lengths_of(text: str) -> tuple[int, ...]:

@@ -15,6 +15,9 @@ from minimax_train.evaluate.grid import Asked, Grid
 from minimax_train.evaluate.logits import fill_decoder
 from minimax_train.evaluate.needle import Cell, score
 from minimax_train.evaluate.tokenizer import find_tokenizer
+from minimax_train.report.canvas import png
+from minimax_train.report.needle_plot import needle_plot
+from minimax_train.report.needles import read_needles
 from minimax_train.train.folder import replace_text
 from parallel.collectives import first_does
 from parallel.heads import check_heads
@@ -66,11 +69,7 @@ def evaluate_needle(path: Path, asked: Asked, tokenizer: Path | None, session: S
 
 
 def check_layout(record: Record, layout: Layout) -> None:
-    """ValueError where the model cannot be shared out so, or its layers would be."""
-    if layout.pipeline > 1:
-        raise ValueError(
-            f"layout.pipeline is {layout.pipeline}; needles need all layers on each rank: use layout.context, tensor or expert"
-        )
+    """ValueError where the model cannot be shared out so."""
     record.model.check_tensor(layout.tensor)
     record.model.check_experts(layout.expert, layout.expert_tensor)
     check_heads(record.model.num_key_value_heads // layout.tensor, layout.key_value)
@@ -82,7 +81,10 @@ def words_of(tokenizer: Tokenizer) -> Words:
     return english(lambda text: tokenizer.encode([text])[0]) if vocabulary is None else vocabulary.puzzle_words(tokenizer)
 
 
-def write_needles(needles: Needles, final: Path) -> None:
-    """Writes needle.json whole or not at all, in a folder that is made where it is missing."""
+def write_needles(needles: Needles, final: Path, name: str) -> None:
+    """Writes `final` (needle.json) whole or not at all, in a folder that is made where it is missing, and the maps beside it as PNG."""
     final.parent.mkdir(parents=True, exist_ok=True)
     replace_text(final, needles.dump())
+    figure = needle_plot(name, read_needles(json.loads(needles.dump()), final)).figure
+    assert figure is not None
+    final.with_suffix(".png").write_bytes(png(figure))

@@ -1,6 +1,5 @@
 """Needles: scored as greedy decoding would be, the same however ranks share them, and told by the command line."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -11,14 +10,13 @@ import torch
 from data.needles import TASKS, Sample, make_sample
 from data.retrieval import Vocabulary
 from minimax_train.checkpoint.record import read_record
-from minimax_train.cli import main
 from minimax_train.engine.session import Session, session
 from minimax_train.evaluate import needle
 from minimax_train.evaluate.answers import said_at
 from minimax_train.evaluate.generate import generate
 from minimax_train.evaluate.grid import Grid, depths_of
 from minimax_train.evaluate.logits import batch_logits, fill_decoder
-from minimax_train.evaluate.needle import Cell, needle_table, sample_row, score
+from minimax_train.evaluate.needle import Cell, sample_row, score
 from minimax_train.model.decoder import Decoder
 from minimax_train.train.rows import to_row
 from parallel.layout import Layout
@@ -140,58 +138,3 @@ def test_depths() -> None:
     for wrong in ("0", "-1.x", "", "a"):
         with pytest.raises(ValueError, match="--depths is"):
             depths_of(wrong)
-
-
-@pytest.fixture
-def tokenizer(tmp_path: Path) -> Path:
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(SMALL.tokenizer().content)
-    return path
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = main([str(argument) for argument in arguments])
-    return (status, *capsys.readouterr())
-
-
-def test_the_verb_writes_what_it_says(
-    checkpoint: Path,
-    decoder: Decoder,
-    alone: Session,
-    tokenizer: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    del alone  # the verb joins a session of its own
-    options = ("--lengths", "50,96", "--depths", "0,0.6", "--samples", 2, "--seed", 11, "--tokenizer", tokenizer)
-    status, out, _ = call(capsys, "evaluate", "needle", checkpoint, *options, "--to", tmp_path / "out", "--json")
-    assert status == 0
-    written = json.loads((tmp_path / "out" / "needle.json").read_text())
-    assert json.loads(out) == written
-    assert (written["step"], written["trained_length"], written["seed"]) == (7, 64, 11)
-    assert [(c["task"], c["length"], c["depth"]) for c in written["cells"]] == [
-        (t, n, d) for t in TASKS for n in (50, 96) for d in (0.0, 0.6)
-    ]
-    assert (tmp_path / "out" / "needle.png").read_bytes().startswith(b"\x89PNG")
-    cells = [Cell(**cell) for cell in written["cells"]]
-    assert "variables" in needle_table(cells)
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("--tasks", "single,none"), "'none'"),
-        (("--lengths", "2k"), "'2k'"),
-        (("--set", "layout.pipeline=2", "--ranks", 2), "layout.pipeline is 2"),
-        (("--set", "layout.contxt=2"), "did you mean 'context'"),
-        (("--set", "layout.context=2"), "1 ranks were started"),
-        (("--set", "seed=2"), "'seed'"),
-        (("--ranks", 0), "--ranks is 0"),
-    ],
-)
-def test_the_verb_refuses(checkpoint: Path, options: tuple[object, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    status, _, error = call(capsys, "evaluate", "needle", checkpoint, *options)
-    assert status == 2
-    assert says in error
-    assert error.count("\n") == 1
