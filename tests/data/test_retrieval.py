@@ -65,3 +65,10 @@ def test_what_cannot_be_made_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=says):
             write_retrieval(tmp_path / "set", SMALL, **{"length": 64, "documents": 30, "pairs": 6, "questions": 6, "seed": 1, **changes})  # type: ignore[arg-type]
     assert not list(tmp_path.glob("set*"))
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.13, 0.5, 0.77, 1.0])
+def test_a_fact_stands_at_its_depth_to_the_token(depth: float) -> None:
+    """Where a sentence is one id, the nearest border is the place itself."""
+    sample = make_sample("single", SMALL.puzzle_words(SMALL.tokenizer()), length=205, depth=depth, draw=Random(2))  # 200 of them filler
+    assert next(i for i, number in enumerate(sample.ids) if SMALL.words[number].startswith("key")) == round(200 * depth)
