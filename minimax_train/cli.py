@@ -487,13 +487,14 @@ def _needle(a: argparse.Namespace) -> int:
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = run_of(a.checkpoint)
     final = a.to / "needle.json" if a.to is not None else None if run is None else run.needle
+    name = a.checkpoint.resolve().name if run is None else run.load_plan().name
     if place is not None:
-        return _needle_rank(place, layout, device, asked, a, final)
+        return _needle_rank(place, layout, device, asked, a, final, name)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return run_local(_as_local, ranks, a.traceback, _needle_rank, layout, device, asked, a, final)
+    return run_local(_as_local, ranks, a.traceback, _needle_rank, layout, device, asked, a, final, name)
 
 
-def _needle_rank(place: Any, layout: Any, device: Any, asked: Any, a: argparse.Namespace, final: Path | None) -> int:
+def _needle_rank(place: Any, layout: Any, device: Any, asked: Any, a: argparse.Namespace, final: Path | None, name: str) -> int:
     from minimax_train.engine.session import session
 
     with session(device, layout, place) as joined:
@@ -510,7 +511,7 @@ def _needle_rank(place: Any, layout: Any, device: Any, asked: Any, a: argparse.N
             if final is None:
                 told("nothing is written: this is no run's checkpoint; say --to FOLDER for needle.json and needle.png")
             else:
-                write_needles(needles, final, a.checkpoint.resolve().name)
+                write_needles(needles, final, name)
     return 0
 
 
