@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,14 @@ def killed(command: list[str], target: Path, whole_seconds: float, kills: int, e
     draw, met, finished, same = random.Random(1), 0, 0, True
     while True:
         process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        work = target.with_name(f".partial-{target.name}") / "identity.json"
+        while process.poll() is None and not work.exists():
+            time.sleep(0.01)
         if met < kills:
             try:
-                process.wait(draw.uniform(0.2, 0.9) * whole_seconds)
+                process.wait(draw.uniform(0.0, 0.6) * whole_seconds)
             except subprocess.TimeoutExpired:
-                met += target.with_name(f".partial-{target.name}").exists()
+                met += not target.exists()
                 os.killpg(process.pid, signal.SIGKILL)
         if process.wait() == 0:
             finished, same = finished + 1, same and digests(target) == expected

@@ -36,7 +36,7 @@ from parallel.exchange import Gather
 from parallel.lightning import Passing, lightning_over_pieces
 from parallel.pieces import cut_row
 from parallel.states import state_flow
-from parallel.world import Place, joined
+from parallel.world import Place, joined, meet
 
 SIZE = 128
 LENGTHS = (8192, 32_768, 131_072, 524_288, 1_048_576)
@@ -382,7 +382,7 @@ def main() -> int:
     with until(bench.deadline):
         limits, chosen = ceilings(bench), operators()
     cases = [(8, 32), (8, 64), (64, 32)] if rehearsing else CASES
-    with joined(Place(), "gloo"):  # a world of one, which nothing is sent in
+    with joined(Place(), "gloo", meet(Place())):  # a world of one, which nothing is sent in
         record = {
             "machine": machine(), "head_size": bench.size, "dtype": str(bench.dtype).removeprefix("torch."), "ceilings": limits,
             "errors": errors(bench, chosen), "rows": list(measure(bench, cases, limits["bytes_per_second"], chosen)),

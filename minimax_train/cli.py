@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     trained = recipe(add("train", _train, "Run every stage of a plan; goes on by itself where the run stopped."))
     trained.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder")
     trained.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
+    trained.add_argument("--stage", metavar="NAME", help="this stage only, whose turn it must be; without, all that are left")
     trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
     _add_data(add, group("data", "Token files: prepare, inspect, verify, adopt."))
     _add_convert(add, group("convert", "Hugging Face checkpoints: from-hf, to-hf, plan, verify."))
@@ -243,10 +244,14 @@ def _train(a: argparse.Namespace) -> int:
     place, ranks = _ranks(a.ranks)
     plan.check_ranks(ranks)
     _check_device(plan)
+    if a.stage is not None:
+        from minimax_train.train.legs import check_turn
+
+        check_turn(plan, a.to, a.stage)
     if place is not None:
-        return _train_rank(place, plan, a.to, a.profile)
+        return _train_rank(place, plan, a.to, a.profile, a.stage)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks meet on the loopback, whatever the host is called
-    return run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile)
+    return run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile, a.stage)
 
 
 def _ranks(asked: int | None) -> tuple[Any, int]:
@@ -269,13 +274,19 @@ def _check_device(plan: "Plan") -> None:
         raise ValueError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu to run on the CPU")
 
 
-def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool) -> int:
+def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool, only: str | None) -> int:
     from minimax_train.engine.session import session
+    from parallel.world import meet, told_by_first
 
-    with session(plan.device, plan.layout, place) as joined:
-        from minimax_train.train.loop import train
+    store = meet(place)  # held to the end: later sessions of this process meet through it too
 
-        train(plan, run, joined, profile=profile)
+    def open_session(layout: Any, number: int) -> Any:
+        return session(plan.device, layout, place, store=store, number=number)
+
+    from minimax_train.train.legs import next_stage, train_legs
+
+    begin = told_by_first(store, place, "next stage", lambda: next_stage(run))
+    train_legs(plan, run, open_session, begin, only=only, profile=profile)
     return 0
 
 

@@ -6,100 +6,32 @@ Units: lengths and batches in tokens, learning rates per step, RoPE bases withou
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data.packing import Packing
 from minimax_train.kernels.grouped_linear import Asked
 from minimax_train.limits import at_least
 from minimax_train.model.config import ModelConfig
-from minimax_train.model.recompute import Recompute
 from minimax_train.model.router_options import RouterOptions
 from minimax_train.model.stages import Cut, cut_layers
-from minimax_train.sources import Data, Mixture, Source, exact
+from minimax_train.sources import Data, Mixture, Source
+from minimax_train.stage import Batch, LearningRate, Plateau, Stage
 from parallel.heads import check_heads
 from parallel.layout import Layout
 
-__all__ = ["Checkpoints", "Data", "LearningRate", "Mixture", "Optimizer", "Plan", "Source", "Stage", "Start", "Validation"]
+__all__ = [
+    "Batch",
+    "Checkpoints",
+    "Data",
+    "LearningRate",
+    "Mixture",
+    "Optimizer",
+    "Plan",
+    "Plateau",
+    "Source",
+    "Stage",
+    "Start",
+    "Validation",
+]
 
 Precision = Literal["fp32", "bf16"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningRate:
-    """Warm-up, stable, decay inside one stage (WSD, arXiv 2404.06395): start -> peak, peak, peak -> final over the last tokens."""
-
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
-
-    peak: float
-    start: float = 0.0
-    warmup_steps: int = 0
-    """Steps over which the rate rises linearly from `start` to `peak`."""
-    final: float = 0.0
-    decay_tokens: int = 0
-    """The stage's last tokens, over which the rate falls from `peak` to `final`."""
-    decay: Literal["linear", "cosine", "exponential"] = "linear"
-
-    def __post_init__(self) -> None:
-        at_least("learning_rate", self, peak=0, start=0, warmup_steps=0, final=0, decay_tokens=0)
-        if self.decay == "exponential" and self.decay_tokens and not 0 < self.final <= self.peak:
-            raise ValueError(f"learning_rate.final is {self.final}; an exponential decay needs 0 < final <= peak {self.peak}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One stretch of training at one length."""
-
-    __pydantic_config__ = {"extra": "forbid", "strict": True}
-
-    name: str
-    length: int
-    """Tokens in a packed row."""
-    rope_base: float
-    tokens: int
-    """Tokens of the stage; the last batch is filled up."""
-    batch_tokens: int
-    """Tokens in a global batch: a multiple of length."""
-    learning_rate: LearningRate
-    mixture: Mixture | None = None
-    """None: every row is of the only source."""
-    packing: Packing = "concat"
-    """concat: documents one after the other, cut every `length` tokens; nothing is lost, nothing filled up. best_fit: only documents longer
-    than a row are split, the others are packed so that little is filled up (arXiv 2404.10830)."""
-    recompute: Recompute = "none"
-    """full: a layer keeps its input alone and runs again in the backward pass; a third more work, for a fraction of the memory.
-    selective: only the experts' gate and up are computed again."""
-
-    def __post_init__(self) -> None:
-        owner = f"stage {self.name!r}"
-        at_least(owner, self, length=1, rope_base=1, tokens=1, batch_tokens=1)
-        if self.batch_tokens % self.length:
-            raise ValueError(f"{owner}: batch_tokens is {self.batch_tokens}, not a multiple of length {self.length}")
-        rate = self.learning_rate
-        if rate.warmup_steps * self.batch_tokens + rate.decay_tokens > self.steps * self.batch_tokens:
-            raise ValueError(
-                f"{owner}: warm-up of {rate.warmup_steps} steps ({rate.warmup_steps * self.batch_tokens} tokens) and decay of "
-                f"{rate.decay_tokens} tokens do not fit into the stage's {self.steps * self.batch_tokens} tokens"
-            )
-        if self.mixture is not None and self.mixture.ramp_tokens > self.late_from * self.length:
-            raise ValueError(
-                f"{owner}: mixture.ramp_tokens is {self.mixture.ramp_tokens}; the weights must have arrived within the stage's first "
-                f"{self.late_from * self.length} tokens{' (then mixture.late begins)' if self.mixture.late else ''}"
-            )
-
-    @property
-    def rows(self) -> int:
-        """Packed rows in a global batch."""
-        return self.batch_tokens // self.length
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the stage."""
-        return -(-self.tokens // self.batch_tokens)
-
-    @property
-    def late_from(self) -> int:
-        """The first row of the stage in which mixture.late counts; its number of rows where there is none."""
-        rows = self.rows * self.steps
-        late = self.mixture.late_fraction if self.mixture is not None and self.mixture.late else 0
-        return rows - int(exact(late) * rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +114,7 @@ class Plan:
     steps: int | None = None
     """Upper bound on optimizer steps over the whole run."""
     layout: Layout = field(default_factory=Layout)
+    """Of every stage that has none of its own."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     start: Start = field(default_factory=Start)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
@@ -196,13 +129,14 @@ class Plan:
             raise ValueError(f"stages are called {names}; every stage needs a name of its own")
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"steps is {self.steps}; it must be at least 0")
-        self.model.check_tensor(self.layout.tensor)
-        self.model.check_experts(self.layout.expert, self.layout.expert_tensor)
-        check_heads(self.model.num_key_value_heads // self.layout.tensor, self.layout.key_value)
         for stage in self.stages:
-            self.layout.check_length(f"stage {stage.name!r}: length", stage.length)
+            layout = stage.layout or self.layout
+            self.model.check_tensor(layout.tensor)
+            self.model.check_experts(layout.expert, layout.expert_tensor)
+            check_heads(self.model.num_key_value_heads // layout.tensor, layout.key_value)
+            layout.check_length(f"stage {stage.name!r}: length", stage.length)
             self._check_mixture(stage)
-        _ = self.cut  # refuses more pipeline ranks than layers
+            self.cut(layout)  # refuses more pipeline ranks than layers
 
     def _check_mixture(self, stage: Stage) -> None:
         """Refuses sources that `data` does not have, and weights that cannot be worked out."""
@@ -223,22 +157,30 @@ class Plan:
         planned = sum(stage.steps for stage in self.stages)
         return planned if self.steps is None else min(planned, self.steps)
 
-    @property
-    def cut(self) -> Cut:
-        """Which layers each pipeline rank holds: one cut for the run, balanced for its longest rows, which cost the most."""
-        return cut_layers(self.model, self.layout, max(stage.length for stage in self.stages))
+    def layout_of(self, stage: int) -> Layout:
+        """The layout of the plan's stage number `stage`; behind the last one, the last one's."""
+        return self.stages[min(stage, len(self.stages) - 1)].layout or self.layout
+
+    def cut(self, layout: Layout) -> Cut:
+        """Which layers each pipeline rank holds under one of the plan's layouts: balanced for its longest rows, which cost the most."""
+        lengths = [stage.length for stage in self.stages if (stage.layout or self.layout) == layout]
+        return cut_layers(self.model, layout, max(lengths or [stage.length for stage in self.stages]))
 
     def check_ranks(self, ranks: int) -> None:
         """Refuses a number of ranks that the layout or a stage's batch does not divide into."""
-        data = self.layout.data(ranks)
         for stage in self.stages:
-            if stage.rows % data:
-                raise ValueError(
-                    f"stage {stage.name!r}: {stage.rows} rows in a batch (batch_tokens {stage.batch_tokens} / length {stage.length}) "
-                    f"do not divide over {data} data-parallel ranks: change batch_tokens or the ranks"
-                )
-            if self.layout.virtual_pipeline > 1 and stage.rows // data % self.layout.pipeline:
-                raise ValueError(
-                    f"stage {stage.name!r}: {stage.rows // data} rows in a batch for each of {data} data-parallel ranks, not a multiple of "
-                    f"layout.pipeline {self.layout.pipeline}, as interleaving needs: change batch_tokens, or set layout.virtual_pipeline=1"
-                )
+            layout = stage.layout or self.layout
+            data = layout.data(ranks)
+            for size in dict.fromkeys(part.batch_tokens for part in stage.parts):
+                rows = size // stage.length
+                if rows % data:
+                    raise ValueError(
+                        f"stage {stage.name!r}: {rows} rows in a batch (batch_tokens {size} / length {stage.length}) do not divide over "
+                        f"{data} data-parallel ranks: change batch_tokens or the ranks"
+                    )
+                if layout.virtual_pipeline > 1 and rows // data % layout.pipeline:
+                    raise ValueError(
+                        f"stage {stage.name!r}: {rows // data} rows in a batch for each of {data} data-parallel ranks, not a multiple of "
+                        f"layout.pipeline {layout.pipeline}, as interleaving needs: change batch_tokens, or set "
+                        "layout.virtual_pipeline=1"
+                    )

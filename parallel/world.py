@@ -9,6 +9,9 @@ from typing import Any
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -57,15 +60,25 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
     return None
 
 
-@contextmanager
-def joined(place: Place, backend: str, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """The default process group exists inside the `with`."""
+def meet(place: Place, timeout: timedelta = PATIENCE) -> dist.Store:
+    """The store through which the ranks find each other; it must outlive every `joined` that uses it."""
     if place.address is None:
-        store: dist.Store = dist.HashStore()
-    else:
-        host, _, port = place.address.rpartition(":")
-        store = dist.TCPStore(host, int(port), is_master=place.rank == 0 and not place.hosted, timeout=timeout, wait_for_workers=False)
-    dist.init_process_group(backend, store=dist.PrefixStore("world", store), rank=place.rank, world_size=place.size, timeout=timeout)
+        return dist.HashStore()
+    host, _, port = place.address.rpartition(":")
+    return dist.TCPStore(host, int(port), is_master=place.rank == 0 and not place.hosted, timeout=timeout, wait_for_workers=False)
+
+
+def told_by_first(store: dist.Store, place: Place, name: str, value: Callable[[], int]) -> int:
+    """What `value` is on the first rank, on every rank; before there are process groups."""
+    if place.rank == 0:
+        store.set(name, str(value()))
+    return int(store.get(name))
+
+
+@contextmanager
+def joined(place: Place, backend: str, store: dist.Store, *, name: str = "world", timeout: timedelta = PATIENCE) -> Iterator[None]:
+    """The default process group exists inside the `with`. `name`: another for each world that a store is used for."""
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=place.rank, world_size=place.size, timeout=timeout)
     try:
         yield
     finally:

@@ -33,10 +33,15 @@ def write_manifest(folder: Path, known: Mapping[str, tuple[int, str]] | None = N
     `known`: files on the disk already, whose size and checksum were found as they were written.
     """
     known = known or {}
+    (folder / NAME).unlink(missing_ok=True)  # of an attempt that was killed
     files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
     entries = {}
+    if gone := known.keys() - files.keys():
+        raise OSError(f"{folder} lacks {', '.join(sorted(gone))}, which were written to it")
     for name, path in files.items():
         size, digest = known[name] if name in known else (path.stat().st_size, checksum(path))
+        if path.stat().st_size != size:
+            raise OSError(f"{path} has {path.stat().st_size} bytes, not the {size} that were written")
         entries[name] = {"bytes": size, "xxh3_128": digest}
     body: dict[str, Any] = {"format": FORMAT, "files": entries}
     manifest = {**body, "sha256": _body_digest(body)}
@@ -58,6 +63,8 @@ def damage(folder: Path) -> str | None:
 def listed(folder: Path) -> dict[str, tuple[int, str]]:
     """Size and checksum of every file, as the manifest says. ValueError, naming the file, where the manifest does not hold, a file is
     missing, or one does not belong there; no other file is read."""
+    if (folder / NAME).exists() and not (folder / NAME).is_file():
+        raise ValueError(f"{NAME} is not a plain file")
     try:
         manifest = json.loads((folder / NAME).read_text())
         body = {key: manifest[key] for key in ("format", "files")}
@@ -66,6 +73,8 @@ def listed(folder: Path) -> dict[str, tuple[int, str]]:
         if manifest["format"] != FORMAT:
             raise ValueError(f"{NAME} has format {manifest['format']}; this version reads {FORMAT}")
         entries = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
+        if not all(type(size) is int and isinstance(digest, str) for size, digest in entries.values()):
+            raise TypeError
     except FileNotFoundError:
         raise ValueError(f"{NAME} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):

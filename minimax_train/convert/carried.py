@@ -1,6 +1,5 @@
 """Files that travel with the weights: tokenizer, generation settings, licence, and the release's own code, copied but never run."""
 
-import json
 import os
 import shutil
 from fnmatch import fnmatch
@@ -9,14 +8,15 @@ from typing import Any
 
 from data.commit import sync
 from minimax_train.convert.config import Format, same_format
-from minimax_train.convert.source import LARGEST_TEXT, inside
+from minimax_train.convert.source import LARGEST_TEXT, inside, read_json
 
 FOLDER = "hugging_face"
 """Inside a checkpoint."""
 CONFIG = "config.json"
 PATTERNS = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json", "LICENSE*", "NOTICE*",
+    "added_tokens.json", "chat_template.json", "chat_template.jinja", "generation_config.json",
+    "LICENSE", "LICENSE[.-]*", "NOTICE", "NOTICE[.-]*",
 )  # fmt: skip
 
 
@@ -36,9 +36,10 @@ def check(source: Path, raw_config: dict[str, Any]) -> None:
 
 def origin(checkpoint: Path) -> tuple[Path | None, dict[str, Any] | None]:
     """What travelled with a checkpoint, or with the run it belongs to: the folder, and its config.json."""
+    checkpoint = checkpoint.resolve()
     for folder in (checkpoint / FOLDER, checkpoint.parent.parent / FOLDER):
         if (folder / CONFIG).is_file() and (folder.parent == checkpoint or checkpoint.parent.name == "checkpoints"):
-            return folder, json.loads((folder / CONFIG).read_text())
+            return folder, read_json(folder, CONFIG, "")
     return None, None
 
 

@@ -119,6 +119,8 @@ def read_config(raw: dict[str, Any], source: str) -> Described:
         if raw.get(key, wanted) != wanted or isinstance(raw.get(key, wanted), bool) != isinstance(wanted, bool):
             raise ValueError(f"{source}: {key} is {raw[key]!r}; this model can only express {wanted!r}")
     missing = [key for key in special.values() if key not in raw]
+    if kind != "minimax" and "postnorm" not in raw:
+        missing.append("postnorm")  # where it is absent the released code builds another model, with its norms before the sublayers
     if missing:
         raise ValueError(f"{source}: {', '.join(missing)} missing")
     values = {ours: raw[theirs] for ours, theirs in special.items()}
@@ -143,8 +145,9 @@ def _model(values: dict[str, Any], names: dict[str, str], source: str) -> ModelC
         first = error.errors()[0]
         ours = str(first["loc"][0]) if first["loc"] else ""
         raise ValueError(f"{source}: {names.get(ours, ours) or 'the model'}: {first['msg']}") from None
-    for ours, value in values.items():
-        if ours in _FACTORS and not (value > 0 and math.isfinite(value)):
+    for ours in sorted(_FACTORS):
+        value = getattr(model, ours)
+        if not (value > 0 and math.isfinite(value)):
             raise ValueError(f"{source}: {names[ours]} is {value}; a number above 0 is needed")
     return model
 

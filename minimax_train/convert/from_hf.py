@@ -67,7 +67,7 @@ def from_hf(
             for number, run in enumerate(plan_shards(sizes, shard_bytes)):
                 shard = _Shard(source, precision, layout, work, f"__{number}_0.distcp")
                 held = parts[run.start : run.stop]
-                jobs.append(Job(name=shard.name, bytes=sum(sizes[run.start : run.stop]), run=partial(shard.write, held)))
+                jobs.append(Job(name=shard.name, bytes=sum(sizes[run.start : run.stop]), run=partial(shard.write, held), file=shard.path))
             results = work.do(jobs, "converting", workers=workers, quiet=quiet)
             work.finish(lambda result: _complete(result, source, record, results))
     except FinishedElsewhereError:
@@ -96,7 +96,7 @@ class _Shard:
                             break
                         self._append(file, entry, piece, numbers, chunks)
             if bad:
-                raise ValueError(f"{self.source.folder}: NaN or infinity in {some(bad)}: refused")
+                raise ValueError(f"{self.source.folder}: NaN or infinity, as {self.precision}, in {some(bad)}: refused")
             unfinished.rename(self.path)
         finally:
             unfinished.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def read_header(path: Path) -> dict[str, Located]:
     for name, dtype, shape, first, end in tensors:
         if first != at or end - first != math.prod(shape) * dtype.itemsize:
             raise ValueError(
-                f"{path}: {name} lies at bytes {first:,} to {end:,}; a gap, an overlap, or not the {math.prod(shape) * dtype.itemsize:,} "
+                f"{path}: {name[:100]} lies at bytes {first:,} to {end:,}; a gap, an overlap, or not {math.prod(shape) * dtype.itemsize:,} "
                 f"bytes of its shape {list(shape)} (expected from {at:,})"
             )
         at = end
@@ -72,7 +72,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice[:100]!r} is there twice")
     return made
 
 
@@ -81,11 +81,13 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
         dtype, shape, (first, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, first, end]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f"{path}: {name} has no dtype, shape and data_offsets") from None
+        raise ValueError(f"{path}: {name[:100]} has no dtype, shape and data_offsets") from None
     if len(entry) != 3 or not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{path}: {name} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        raise ValueError(f"{path}: {name[:100]} has dtype {str(dtype)[:100]}; known are {', '.join(DTYPES)}")
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or len(shape) > 8:
-        raise ValueError(f"{path}: {name} has shape {str(shape)[:100]} and data_offsets {first}, {end}: natural numbers are needed")
+        raise ValueError(
+            f"{path}: {name[:100]} has shape {str(shape)[:100]} and data_offsets {str([first, end])[:100]}: natural numbers are needed"
+        )
     return DTYPES[dtype], tuple(shape), first, end
 
 

@@ -18,6 +18,8 @@ from minimax_train.engine.torch_dist import Numbers
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MOST_TENSORS = 1_000_000
+"""More than that are not listed one by one without a look at how many there are."""
 LARGEST_TEXT = 1 << 28
 """Bytes of a JSON or tokenizer file that is read or carried over."""
 
@@ -61,7 +63,7 @@ def open_source(folder: Path) -> Source:
     tensors = _locate(folder)
     names = {name for name in tensors if not is_decay_buffer(name)}
     stacking: Stacking = "memory" if any(name.endswith(".mlp.experts.gate_up_proj") for name in names) else "disk"
-    if stacking == "disk" and tensor_count(described.model) != len(names) > 0 and tensor_count(described.model) > 1_000_000:
+    if stacking == "disk" and tensor_count(described.model) > max(len(names), MOST_TENSORS):
         raise ValueError(f"{folder}: its configuration asks for {tensor_count(described.model):,} tensors, the files have {len(names):,}")
     entries = table(described.model, stacking)
     _account(folder, tensors, names, entries)
@@ -78,7 +80,7 @@ def inside(folder: Path, name: str) -> Path:
     """folder/name; ValueError where the name leads out of the folder, by itself or by a link, or is no plain file's."""
     path = folder / name
     if not name or name != Path(name).name or "\0" in name:
-        raise ValueError(f"{folder}: {name!r} lies outside the folder: refused")
+        raise ValueError(f"{folder}: {name[:200]!r} lies outside the folder: refused")
     try:
         if path.resolve(strict=True).parent != folder.resolve():
             raise ValueError(f"{path} is a link out of the folder: refused; copy the model to a folder of plain files")
@@ -165,7 +167,7 @@ def _account(folder: Path, tensors: dict[str, Located], names: set[str], entries
 def some(names: Iterable[str], most: int = 5) -> str:
     """`3 tensors: a, b, c`: how many, and the first few."""
     names = list(names)
-    return f"{len(names)}: {', '.join(names[:most])}{', ...' if len(names) > most else ''}"
+    return f"{len(names)}: {', '.join(name[:200] for name in names[:most])}{', ...' if len(names) > most else ''}"
 
 
 def dtype_names(dtypes: Iterable[torch.dtype]) -> str:

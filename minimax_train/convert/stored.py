@@ -52,16 +52,24 @@ class StoredModel:
                 has = "lacks" if found is None else f"has {list(found.shape)} {found.dtype} for"
                 raise ValueError(f"{checkpoint} {has} {entry.name}, needed as {list(entry.shape)} {dtype}: it is of another version")
             stored[entry.name] = found
-        return cls(folder=checkpoint, record=record, stored=stored, listed=files)
+        model = cls(folder=checkpoint, record=record, stored=stored, listed=files)
+        if missing := [name for name in model.files if name not in files]:
+            raise _damaged(checkpoint, f"its manifest does not list {some(missing)}")
+        return model
+
+    @property
+    def files(self) -> list[str]:
+        """The files that hold weights."""
+        return sorted({f"{TENSORS}/{chunk.file}" for tensor in self.stored.values() for chunk in tensor.chunks})
+
+    def times(self) -> list[list[Any]]:
+        """Size and time of each: what a resumed conversion compares, for it believes the checks that were made before."""
+        stats = {name: (self.folder / name).stat() for name in self.files}
+        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
 
     def checks(self) -> list[Job]:
         """For every file that holds weights, a job that verifies its checksum. ValueError where it does not hold."""
-        names = sorted({f"{TENSORS}/{chunk.file}" for tensor in self.stored.values() for chunk in tensor.chunks})
-        missing = [name for name in names if name not in self.listed]
-        if missing:
-            raise _damaged(self.folder, f"its manifest does not list {some(missing)}")
-
-        return [Job(name=f"check-{Path(name).name}", bytes=self.listed[name][0], run=partial(self._check, name)) for name in names]
+        return [Job(name=f"check-{Path(name).name}", bytes=self.listed[name][0], run=partial(self._check, name)) for name in self.files]
 
     def _check(self, name: str) -> dict[str, Any]:
         if wrong := damage_of(self.folder, name, self.listed[name]):

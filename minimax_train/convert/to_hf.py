@@ -53,7 +53,13 @@ def to_hf(
     parts = [(entry, part) for entry in table(record.model) for part in entry.parts]
     sizes = [math.prod(part.shape) * dtype_of(entry, precision).itemsize for entry, part in parts]
     runs = plan_shards(sizes, shard_bytes)
-    identity = {"source": checksum(checkpoint / MANIFEST), "precision": precision, "format": kind, "files": len(runs)}
+    identity = {
+        "manifest": checksum(checkpoint / MANIFEST),
+        "source": model.times(),
+        "precision": precision,
+        "format": kind,
+        "files": len(runs),
+    }
     try:
         with conversion(final, identity, sum(sizes)) as work:
             work.do(model.checks(), "verifying", workers=workers, quiet=quiet)
@@ -63,7 +69,7 @@ def to_hf(
                 name, held = shard_name(number, len(runs)), parts[run.start : run.stop]
                 where |= {part.name: name for _, part in held}
                 shard = _Shard(model, precision, work, name)
-                jobs.append(Job(name=name, bytes=sum(sizes[run.start : run.stop]), run=partial(shard.write, held)))
+                jobs.append(Job(name=name, bytes=sum(sizes[run.start : run.stop]), run=partial(shard.write, held), file=shard.path))
             work.do(jobs, "converting", workers=workers, quiet=quiet)
 
             def complete(result: Path) -> None:
@@ -107,7 +113,7 @@ class _Shard:
                             break
                         file.write(numbers.view(torch.uint8).numpy())
             if bad:
-                raise ValueError(f"{self.model.folder}: NaN or infinity in {some(bad)}: refused")
+                raise ValueError(f"{self.model.folder}: NaN or infinity, as {self.precision}, in {some(bad)}: refused")
             unfinished.rename(self.path)
         finally:
             unfinished.unlink(missing_ok=True)

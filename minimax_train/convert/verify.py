@@ -74,8 +74,9 @@ class Verifier:
 
         def differs(reader: SourceReader, entry: Entry, part: Part) -> bool:
             with model.reader() as stored:
+                dtype = _narrower(self.source.tensors[part.name].dtype, model.stored[entry.name].dtype)
                 return any(
-                    not torch.equal(reader.piece(part, piece), stored.piece(entry, piece).to(self.source.tensors[part.name].dtype))
+                    not _same_bits(reader.piece(part, piece).to(dtype), stored.piece(entry, piece).to(dtype))
                     for piece in pieces(entry, part, 4)
                 )
 
@@ -91,13 +92,23 @@ class Verifier:
         with ExitStack() as stack:
             reader, stored = stack.enter_context(SourceReader(self.source)), stack.enter_context(model.reader())
 
+            def narrower(entry: Entry) -> torch.dtype:
+                return _narrower(self.source.tensors[entry.parts[0].name].dtype, model.stored[entry.name].dtype)
+
             def ours(entry: Entry) -> Tensor:
-                """Cast as the export is, so that what is left to differ is wrong."""
-                dtype = self.source.tensors[entry.parts[0].name].dtype
+                """Cast as the folder is, so that what is left to differ is wrong."""
+                dtype = narrower(entry)
                 return _assemble(entry, lambda part: (stored.piece(entry, piece).to(dtype) for piece in pieces(entry, part, 4)))
 
-            theirs = partial(_from_source, reader)
-            runs = [_run(session, model.record.model, model.record.rope_base, self.source.entries, whole, ids) for whole in (ours, theirs)]
+            def theirs(entry: Entry) -> Tensor:
+                dtype = narrower(entry)
+                return _assemble(entry, lambda part: (x.to(dtype) for x in _pieces(reader, entry, part)))
+
+            bases = (model.record.rope_base, self.source.described.rope_base)
+            runs = [
+                _run(session, model.record.model, base, self.source.entries, whole, ids)
+                for base, whole in zip(bases, (ours, theirs), strict=True)
+            ]
             steps = [(place, _relative(a, b)) for (place, a), (_, b) in zip(*runs, strict=True)]
         return told(steps, layers=layers, tokens=ids.numel())
 
@@ -194,6 +205,16 @@ def _by_transformers(folder: Path, ids: Tensor) -> dict[str, Tensor]:
     out = model.eval()(ids, attention_mask=torch.ones_like(ids), use_cache=False, output_hidden_states=True)
     hidden = {f"layer {layer}": x for layer, x in enumerate(out.hidden_states[1:-1])}
     return {"the embedding": out.hidden_states[0], **hidden, "the head": out.logits}
+
+
+def _narrower(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """The one with fewer bits, in which two tensors of which one is a cast of the other are equal."""
+    return min(one, other, key=lambda dtype: dtype.itemsize)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Unlike torch.equal, for which 0.0 is -0.0."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:

@@ -9,10 +9,12 @@
 Whoever calls the same verb joins in: processes of one machine, or of several that share the disk.
 """
 
+import contextlib
 import fcntl
 import json
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,12 +36,13 @@ class FinishedElsewhereError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Something to do once: `run` writes what it writes and returns what JSON can hold."""
+    """Something to do once: `run` writes `file`, if it writes one, and returns what JSON can hold, the file's size as `bytes` among it."""
 
     name: str
     bytes: int
     """Of its result: what progress counts."""
     run: Callable[[], dict[str, Any]]
+    file: Path | None = None
 
 
 class Work:
@@ -49,28 +52,46 @@ class Work:
         self.target = target
         self.folder = target.parent / f"{TEMPORARY}{target.name}"
         self.result = self.folder / "result"
+        self.token = ""
+        """Which of the folders that had this name, one after the other, is this conversion's."""
 
     def begin(self, identity: dict[str, Any], needed: int) -> None:
-        """Makes the folder, or joins what is there. ValueError where that is another conversion; OSError where the disk lacks room."""
+        """Makes the folder, or joins what is there. ValueError where that is another conversion; OSError where the disk lacks room;
+        FinishedElsewhereError where another process has committed the target since this one looked."""
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        for folder in (self.folder, self.folder / "locks", self.folder / "done", self.result):
-            folder.mkdir(exist_ok=True)
+        while True:
+            (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError), claimed(self.folder / "locks" / "begin", wait=True):
+                if self.target.exists():
+                    self.remove()
+                    raise FinishedElsewhereError
+                if self._join(identity, needed):
+                    return
+            # another process removed the folder between two of these lines: once more
+
+    def _join(self, identity: dict[str, Any], needed: int) -> bool:
+        """With the lock held: whether the folder is this conversion's now. False where the lock was of a folder that is gone."""
         note = self.folder / "identity.json"
-        with claimed(self.folder / "locks" / "begin", wait=True):
-            if note.exists():
-                began = json.loads(note.read_text())
-                different = sorted(key for key in began.keys() | identity.keys() if began.get(key) != identity.get(key))
-                if different:
-                    raise ValueError(
-                        f"{self.folder} is an unfinished conversion that differs in {', '.join(different)}: finish that one, remove the "
-                        "folder, or choose another --to"
-                    )
-                return
-            free = shutil.disk_usage(self.folder).free
-            if free < needed:
-                self.remove()
-                raise OSError(f"{self.target} needs {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free there: nothing was written")
-            write_whole(note, json.dumps(identity))
+        if note.exists():
+            began = json.loads(note.read_text())
+            self.token = began.pop("token")
+            different = sorted(key for key in began.keys() | identity.keys() if began.get(key) != identity.get(key))
+            if different:
+                raise ValueError(
+                    f"{self.folder} is an unfinished conversion that differs in {', '.join(different)}: finish that one, remove the "
+                    "folder, or choose another --to"
+                )
+            return True
+        for part in ("done", "result"):  # of a folder that has no identity nothing is believed
+            shutil.rmtree(self.folder / part, ignore_errors=True)
+            (self.folder / part).mkdir()
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            self.remove()
+            raise OSError(f"{self.target} needs {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free there: nothing was written")
+        self.token = uuid.uuid4().hex
+        write_whole(note, json.dumps({**identity, "token": self.token}))
+        return True
 
     def do(self, jobs: Sequence[Job], label: str, *, workers: int, quiet: bool = False) -> dict[str, dict[str, Any]]:
         """What every job returned, by its name, in their order; each is done once, here or by whoever else works in the folder."""
@@ -97,27 +118,38 @@ class Work:
             with claimed(self.folder / "locks" / job.name) as mine:
                 if not mine:
                     return None
+                self._check()
                 result = self._done(job)  # it may have been done since the last look
                 if result is None:
                     result = job.run()
+                    if job.file is not None:
+                        sync(job.file.parent)  # the name is on the disk before anybody is told
+                    self._check()
                     write_whole(self.folder / "done" / f"{job.name}.json", json.dumps(result))
                 return result
         except FileNotFoundError:
-            self._gone()
+            self._check()
             raise
 
     def _done(self, job: Job) -> dict[str, Any] | None:
+        """What a finished job returned; None where it is not finished, or its file is not there as it was written."""
         try:
             result: dict[str, Any] = json.loads((self.folder / "done" / f"{job.name}.json").read_text())
+            if job.file is not None and job.file.stat().st_size != result["bytes"]:
+                return None
         except FileNotFoundError:
             return None
         return result
 
-    def _gone(self) -> None:
-        """Raises what it means that the folder is not there any more; returns where it is."""
-        if not self.folder.exists():
-            if self.target.exists():
-                raise FinishedElsewhereError
+    def _check(self) -> None:
+        """Raises what it means where the folder is not this conversion's any more; returns where it is."""
+        if self.target.exists():
+            raise FinishedElsewhereError
+        try:
+            same = json.loads((self.folder / "identity.json").read_text())["token"] == self.token
+        except FileNotFoundError:
+            same = False
+        if not same:
             raise ValueError(f"another process gave up converting to {self.target}: see its message")
 
     def finish(self, complete: Callable[[Path], None]) -> None:
@@ -126,6 +158,7 @@ class Work:
             try:
                 with claimed(self.folder / "locks" / "finish") as mine:
                     if mine:
+                        self._check()
                         complete(self.result)
                         for folder in (*(p for p in self.result.rglob("*") if p.is_dir()), self.result):
                             sync(folder)
@@ -134,13 +167,25 @@ class Work:
                         self.remove()
                         return
             except FileNotFoundError:
-                self._gone()
+                self._check()
                 raise
+            self._check()
             time.sleep(LOOK_AGAIN)
 
     def remove(self) -> None:
-        """Leaves nothing of the conversion."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Leaves nothing of the conversion. Its folder first gets another name: what is removed piece by piece is found by nobody."""
+        aside = self.folder.with_name(f"{TEMPORARY}removed-{uuid.uuid4().hex[:8]}")
+        with contextlib.suppress(FileNotFoundError):
+            self.folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def give_up(self) -> None:
+        """Removes the folder where it still is this conversion's."""
+        try:
+            self._check()
+        except (ValueError, FinishedElsewhereError):
+            return
+        self.remove()
 
 
 def refuse_existing(target: Path) -> None:
@@ -161,7 +206,7 @@ def conversion(target: Path, identity: dict[str, Any], needed: int) -> Iterator[
     try:
         yield work
     except ValueError:
-        work.remove()
+        work.give_up()
         raise
 
 

@@ -1,5 +1,6 @@
 """A session: this process joined to its ranks on a device, with its process groups, for as long as the `with` lasts."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
@@ -8,12 +9,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from minimax_train.engine.cpu import cpu_for_cuda
 from minimax_train.engine.gloo import plain_gathers
 from parallel.groups import Groups, make_groups
 from parallel.layout import Layout
-from parallel.world import Place, joined
+from parallel.world import Place, joined, meet
 
 Device = Literal["cpu", "cuda"]
 
@@ -33,12 +35,22 @@ class Session:
 
 
 @contextmanager
-def session(device: Device = "cpu", layout: Layout | None = None, place: Place | None = None, *, late: bool = False) -> Iterator[Session]:
+def session(
+    device: Device = "cpu",
+    layout: Layout | None = None,
+    place: Place | None = None,
+    *,
+    store: dist.Store | None = None,
+    number: int = 0,
+    late: bool = False,
+) -> Iterator[Session]:
     """Joins the ranks (NCCL on CUDA, gloo on CPU) and makes the groups of `layout`; everything is undone on leaving.
 
+    `store`, `number`: of a process that has several sessions one after the other, what `parallel.world.meet` gave, and which one it is.
     `late`: the test mode of parallel.collectives.Channel.
     """
     place, layout = place or Place(), layout or Layout()
+    store = store or meet(place)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"megatron\..*")  # that Transformer Engine and apex are absent is no news on a CPU
@@ -53,7 +65,7 @@ def session(device: Device = "cpu", layout: Layout | None = None, place: Place |
             torch.cuda.set_device(place.local_rank)
             stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
             torch.backends.cuda.matmul.allow_tf32 = False  # NVIDIA's containers switch it on: states and scores would keep 10 bits
-        stack.enter_context(joined(place, "gloo" if device == "cpu" else "nccl"))
+        stack.enter_context(joined(place, "gloo" if device == "cpu" else "nccl", store, name=f"world-{number}"))
         groups = make_groups(layout, late=late)
         stack.callback(_forget_groups)
         yield Session(place=place, groups=groups, device=torch.device(device, *(() if device == "cpu" else (place.local_rank,))))
@@ -64,3 +76,6 @@ def _forget_groups() -> None:
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    gc.collect()  # what the session held of the device is free for the next one: buckets and hooks hold each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ chunk. `metadata.json` and `common.pt` are megatron-core's own. A chunk may be a
 
 import io
 import json
+import math
 import mmap
 import pickle
 import sys
@@ -100,14 +101,38 @@ def read_index(folder: Path) -> dict[str, Stored]:
 
 
 def _stored(key: str, tensor: Any, places: Mapping[tuple[str, tuple[int, ...]], Any]) -> Stored:
-    chunks = []
+    chunks, shape, filled = [], tuple(tensor.size), 0
+    dtype = tensor.properties.state[0]
+    if not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{key} has dtype {dtype} and shape {shape}")
     for chunk in tensor.chunks:
         info = places[key, tuple(chunk.offsets)]
+        box = list(zip(chunk.offsets, chunk.sizes, shape, strict=True))
+        if not all(type(n) is int and n >= 0 for n in (info.offset, info.length, *chunk.offsets, *chunk.sizes)):
+            raise ValueError(f"{key} has a chunk at {chunk.offsets} of {chunk.sizes}, in bytes {info.length} from {info.offset}")
+        if any(low + size > whole for low, size, whole in box):
+            raise ValueError(f"{key} has a chunk at {chunk.offsets} of {chunk.sizes}, beyond its shape {shape}")
+        filled += math.prod(chunk.sizes)
         if Path(info.relative_path).name != info.relative_path:
             raise ValueError(f"{key} lies in {info.relative_path!r}, outside the folder")
         place = {"file": str(info.relative_path), "start": int(info.offset), "length": int(info.length)}
         chunks.append(Chunk(offset=tuple(chunk.offsets), shape=tuple(chunk.sizes), **place))  # type: ignore[arg-type]
-    return Stored(shape=tuple(tensor.size), dtype=tensor.properties.state[0], chunks=tuple(chunks))
+    if filled != math.prod(shape) or _overlapping(chunks):
+        raise ValueError(f"{key} has chunks that do not fill its shape {shape} once")
+    return Stored(shape=shape, dtype=dtype, chunks=tuple(chunks))
+
+
+def _overlapping(chunks: list[Chunk]) -> bool:
+    """Whether two boxes share a number: sorted by their first axis, only neighbours in it are held against each other."""
+    ordered, begun = sorted(chunks, key=lambda chunk: chunk.offset), list[Chunk]()
+    for chunk in ordered:
+        begun = [other for other in begun if other.offset[0] + other.shape[0] > chunk.offset[0]]
+        for other in begun:
+            sides = zip(chunk.offset, chunk.shape, other.offset, other.shape, strict=True)
+            if all(a < b + n and b < a + m for a, m, b, n in sides):
+                return True
+        begun.append(chunk)
+    return False
 
 
 class Numbers:
@@ -199,11 +224,11 @@ def _numbers_at(file: IO[bytes], key: str, chunk: Chunk, dtype: torch.dtype) -> 
             tensor = torch.load(cast(IO[bytes], blob), map_location="meta", weights_only=True)
         plain = isinstance(tensor, Tensor) and tensor.is_contiguous() and tensor.storage_offset() == 0
         found = (tuple(tensor.shape), tensor.dtype) if plain else None
+        at = tensor.untyped_storage()._checkpoint_offset if plain else None  # documented: where a saved tensor's bytes are
     except Exception as error:  # torch.load raises what it likes
         raise ValueError(f"{file.name}: {key} at {list(chunk.offset)} cannot be read: {error}") from None
-    if found != (chunk.shape, dtype):
+    if found != (chunk.shape, dtype) or not isinstance(at, int):
         raise ValueError(f"{file.name}: {key} at {list(chunk.offset)} is {found or 'no plain tensor'}, not {(chunk.shape, dtype)}")
-    at: int = tensor.untyped_storage()._checkpoint_offset  # documented: where a saved tensor's bytes are
     return at
 
 

@@ -33,7 +33,7 @@ class Trainer:
         """`bucket_size`: numbers in a bucket of gradients that are reduced together (None: megatron-core's 40M). Pipeline ranks after
         the first, whose reduction nobody waits for, have one bucket."""
         self.plan, self.session = plan, session
-        held = plan.cut.held(session.groups.pipeline.rank())
+        held = plan.cut(session.groups.layout).held(session.groups.pipeline.rank())
         stages = build_stages(
             plan.model,
             session,

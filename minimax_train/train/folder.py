@@ -69,7 +69,7 @@ def _what_stays(plan: Plan) -> dict[str, Any]:
     """The fields in which a run must not change."""
     tree = {name: value for name, value in as_tree(plan).items() if name not in CHANGEABLE}
     tree["data"] = {name: value for name, value in tree["data"].items() if name != "workers"}
-    tree["stages"] = [{name: value for name, value in stage.items() if name != "recompute"} for stage in tree["stages"]]
+    tree["stages"] = [{name: value for name, value in stage.items() if name not in ("recompute", "layout")} for stage in tree["stages"]]
     return tree
 
 

@@ -34,8 +34,10 @@ from minimax_train.train.validate import score, validation_rows
 from parallel.collectives import first_does
 
 
-def train(plan: Plan, run: Path, session: Session, *, profile: bool = False) -> Progress:
+def train(plan: Plan, run: Path, session: Session, *, through: int | None = None, profile: bool = False) -> Progress:
     """Runs the plan's stages in `run`, from its newest good checkpoint; returns where it stopped. All ranks call it.
+
+    It stops before a stage of another layout than the session's, and after stage number `through`.
 
     ValueError on bad input, before anything is written; OSError when the disk refuses a checkpoint; FloatingPointError when the loss
     or the gradient stops being a number.
@@ -43,7 +45,9 @@ def train(plan: Plan, run: Path, session: Session, *, profile: bool = False) -> 
     with ExitStack() as stack:
         first_does(lambda: _own(stack, run), session.groups.world)
         opening: Opening = first_does(lambda: open_run(plan, RunFolder(run)), session.groups.world)
-        return _Run(plan, RunFolder(run), session, opening).go(profile=profile)
+        if plan.layout_of(opening.progress.stage) != session.groups.layout:
+            return opening.progress
+        return _Run(plan, RunFolder(run), session, opening).go(len(plan.stages) - 1 if through is None else through, profile=profile)
 
 
 def _own(stack: ExitStack, run: Path) -> None:
@@ -86,18 +90,19 @@ class _Run:
         if session.is_first:
             self.folder.write_facts(self._facts())
             self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
-            backends, uneven = self.trainer.decoders[0].backends, plan.cut.warning
+            backends, uneven = self.trainer.decoders[0].backends, plan.cut(session.groups.layout).warning
             notes = [*opening.notes, f"attention backends: lightning {backends.lightning}, softmax {backends.softmax}"]
             for note in [*notes, *([uneven] if uneven else [])]:
                 self.metrics.say(note)
 
-    def go(self, *, profile: bool) -> Progress:
-        """Every stage that is left."""
+    def go(self, through: int, *, profile: bool) -> Progress:
+        """Every stage that is left, up to `through`, as long as the layout stays the same."""
         with ExitStack() as stack:
             if self.metrics is not None:
                 stack.callback(self.metrics.close)
             tick = stack.enter_context(_profiled(self.folder, self.session.place.rank, wanted=profile))
-            while self.progress.stage < len(self.plan.stages) and self.progress.step < self.plan.total_steps:
+            layout, total = self.session.groups.layout, self.plan.total_steps
+            while self.progress.stage <= through and self.progress.step < total and self.plan.layout_of(self.progress.stage) == layout:
                 self._stage(self.plan.stages[self.progress.stage], tick)
         return self.progress
 
@@ -121,19 +126,20 @@ class _Run:
     def _step(self, stage: Stage, step: int, sampler: Sampler) -> None:
         """One optimizer step, and its line."""
         begin = time.perf_counter()
-        before = sampler.bookmarks
-        rows = [to_row(next(sampler).row, self.session) for _ in range(stage.rows // self.session.groups.data.size())]
+        before, size = sampler.bookmarks, stage.batch_at(step)
+        rows = [to_row(next(sampler).row, self.session) for _ in range(size // stage.length // self.session.groups.data.size())]
         rate = learning_rate(stage, step)
         report = self.trainer.step(rows, rate)
         p, after = self.progress, sampler.bookmarks
-        self.progress = replace(p, step=p.step + 1, stage_step=p.stage_step + 1, tokens=p.tokens + stage.batch_tokens, sources=after)
-        self._write_step(stage, report, rate, time.perf_counter() - begin, self._data_figures(stage, before, after))
+        self.progress = replace(p, step=p.step + 1, stage_step=p.stage_step + 1, tokens=p.tokens + size, sources=after)
+        figures = {"lr": rate, "batch_tokens": size, **self._data_figures(size, before, after)}
+        self._write_step(stage, report, size, time.perf_counter() - begin, figures)
 
-    def _data_figures(self, stage: Stage, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
+    def _data_figures(self, size: int, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
         """What the step's rows held of documents, and what the run has taken of each source so far."""
         pairs = [(before[name], after[name]) for name in after]
         return {
-            "packing_efficiency": sum(b.tokens - a.tokens for a, b in pairs) / stage.batch_tokens,
+            "packing_efficiency": sum(b.tokens - a.tokens for a, b in pairs) / size,
             "split_documents": sum(b.split - a.split for a, b in pairs),
             "sources": {name: bookmark.tokens for name, bookmark in after.items()},
             "epochs": {name: bookmark.tokens / self.data.sources[name].token_count for name, bookmark in after.items()},
@@ -194,16 +200,15 @@ class _Run:
             "rope_base": stage.rope_base,
         }
 
-    def _write_step(self, stage: Stage, report: StepReport, rate: float, seconds: float, data: dict[str, Any]) -> None:
+    def _write_step(self, stage: Stage, report: StepReport, size: int, seconds: float, data: dict[str, Any]) -> None:
         if self.metrics is not None:
-            flops = training_flops(self.plan.model, tokens=stage.batch_tokens, squares=report.squares)
+            flops = training_flops(self.plan.model, tokens=size, squares=report.squares)
             figures = {
                 "loss": report.loss,
                 "auxiliary_loss": report.auxiliary_loss,
                 "context_imbalance": report.imbalance,
                 "grad_norm": report.grad_norm,
-                "lr": rate,
-                "tokens_per_second": stage.batch_tokens / seconds,
+                "tokens_per_second": size / seconds,
                 "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
                 "step_seconds": seconds,
                 **data,

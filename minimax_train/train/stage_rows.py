@@ -46,7 +46,7 @@ def planned_epochs(plan: Plan, views: Mapping[str, View]) -> list[str]:
         steps -= taken
         shares = stage_shares(plan, number)
         for source, name in enumerate(views):
-            tokens[name] += Fraction(shares.total(source, taken * stage.rows), shares.unit) * stage.length
+            tokens[name] += Fraction(shares.total(source, stage.tokens_at(taken) // stage.length), shares.unit) * stage.length
     return [
         f"source {name}: {float(tokens[name] / view.token_count):.3g} epochs planned "
         f"({int(tokens[name]):,} tokens of {view.token_count:,} in {len(view.documents):,} documents)"

@@ -92,9 +92,9 @@ def exchange_on_rank(place: Place, folder: Path) -> None:
     from torch.autograd.profiler import record_function
 
     from parallel.collectives import Channel
-    from parallel.world import joined
+    from parallel.world import joined, meet
 
-    with joined(place, "gloo"):
+    with joined(place, "gloo", meet(place)):
         assert dist.group.WORLD is not None
         channel, x = Channel(dist.group.WORLD), torch.randn(2, 400, 400)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, record_function("step"):

@@ -199,6 +199,10 @@ def test_stacked_experts_of_transformers_memory(tmp_path: Path) -> None:
         ({"rope_theta": None}, "rope_theta"),
         ({"num_key_value_heads": 3}, "multiple"),
         ({"layernorm_mlp_alpha": ...}, "layernorm_mlp_alpha missing"),
+        ({"postnorm": ...}, "postnorm missing"),
+        ({"layernorm_mlp_alpha": 10**400}, "layernorm_mlp_alpha"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0.0; a number above 0"),
+        ({"num_local_experts": "4"}, "num_local_experts: Input should be a valid integer"),
     ],
 )
 def test_configurations_that_are_refused(change: dict[str, Any], says: str) -> None:

@@ -229,6 +229,84 @@ def test_a_checkpoints_pickle_makes_nothing_but_its_records(tmp_path: Path, alon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt"]
 
 
+def test_a_hundred_million_experts_are_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    split(work / "source")
+    for path in (work / "source").glob("*.safetensors"):
+        path.write_bytes(raw({}, b""))
+    _index(work / "source", lambda index: index.update(weight_map={}))
+    (work / "source" / INDEX).unlink()
+    (work / "source" / WEIGHTS).write_bytes(raw({}, b""))
+    for path in (work / "source").glob("model-*"):
+        path.unlink()
+    _config(work / "source", lambda config: config.update(num_local_experts=10**8))
+    assert "asks for 2,400,000,059 tensors, the files have 0" in refused(work / "source", capsys)
+
+
+def sealed(checkpoint: Path) -> None:
+    """Writes a manifest that holds: whoever changed a file may change that too."""
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+
+
+@pytest.mark.parametrize("text", ["[1]", "[" * 100_000, "nonsense", "null"])
+def test_what_travels_is_not_trusted(tmp_path: Path, text: str) -> None:
+    from_hf(FIXTURE, tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "hugging_face" / "config.json").write_text(text)
+    sealed(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match=r"hugging_face/config\.json"):
+        to_hf(tmp_path / "ckpt", tmp_path / "out", "minimax_m1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sizes": ("a", "b")}, {"sizes": (None, 48)}, {"sizes": ()}, {"sizes": (-320, -48)}, {"sizes": (320, 47)}, {"sizes": (640, 24)},
+        {"offsets": (1, 0)}, {"offsets": (-1, 0)},
+    ],
+)  # fmt: skip
+def test_an_index_that_does_not_describe_its_tensors(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Boxes of text, without axes, beyond the tensor, too few, twice: none of it reads memory that nothing filled."""
+    from_hf(FIXTURE, tmp_path / "ckpt")
+    metadata = tmp_path / "ckpt" / "tensors" / ".metadata"
+    records = pickle.loads(metadata.read_bytes())
+    chunk = records.state_dict_metadata["model.embedding.weight"].chunks[0]
+    place = next(place for place in records.storage_data if place.fqn == "model.embedding.weight")
+    info = records.storage_data.pop(place)
+    for name, value in change.items():
+        setattr(chunk, name, value)
+    records.storage_data[type(place)(place.fqn, torch.Size(chunk.offsets))] = info
+    metadata.write_bytes(pickle.dumps(records))
+    sealed(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match=r"\.metadata is refused"):
+        to_hf(tmp_path / "ckpt", tmp_path / "out", "minimax_m1")
+
+
+def test_a_box_twice_and_another_missing(tmp_path: Path) -> None:
+    from_hf(FIXTURE, tmp_path / "ckpt")
+    metadata = tmp_path / "ckpt" / "tensors" / ".metadata"
+    records = pickle.loads(metadata.read_bytes())
+    chunks = records.state_dict_metadata["model.blocks.0.experts.down"].chunks
+    chunks[1] = chunks[0]
+    metadata.write_bytes(pickle.dumps(records))
+    sealed(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match="do not fill its shape"):
+        to_hf(tmp_path / "ckpt", tmp_path / "out", "minimax_m1")
+
+
+def test_what_travelled_is_found_from_inside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative path does not lose the tokenizer."""
+    from_hf(FIXTURE, tmp_path / "run" / "checkpoints" / "step-00000001")
+    (tmp_path / "run" / "checkpoints" / "step-00000001" / "hugging_face").rename(tmp_path / "run" / "hugging_face")
+    (tmp_path / "run" / "hugging_face" / "tokenizer.json").write_text("{}")
+    sealed(tmp_path / "run" / "checkpoints" / "step-00000001")
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    to_hf(Path("step-00000001"), tmp_path / "out", "minimax_m1")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert "auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
 def test_code_is_carried_and_never_run(tmp_path: Path) -> None:
     """auto_map's files travel to an export of the same format, and to no other; none is imported."""
     source = tmp_path / "source"

@@ -8,6 +8,7 @@ import torch
 from minimax_train.checkpoint.shelf import verified_record
 from minimax_train.checkpoint.store import load_weights, save
 from minimax_train.convert.from_hf import from_hf
+from minimax_train.convert.table import table
 from minimax_train.convert.to_hf import to_hf
 from minimax_train.engine.session import session
 from minimax_train.engine.stage import bare, build_stages, together
@@ -58,12 +59,27 @@ def test_export_of_many_ranks_is_one_ranks(name: str, tmp_path: Path, exported: 
     """Imported straight to the layout, loaded and saved by its 4 ranks, exported: byte for byte what one rank exports."""
     layout = LAYOUTS[name]
     from_hf(FIXTURE, tmp_path / "ckpt", layout=layout)
+    _check_parts(tmp_path / "ckpt", layout)
     run_ranks(4, load_and_save, tmp_path / "ckpt", tmp_path / "saved", layout)
     to_hf(tmp_path / "saved", tmp_path / "hf", "minimax_m1", workers=2)
     found = files(tmp_path / "hf")
     assert found["model.safetensors"] == exported["model.safetensors"]
     chunks = {key: len(tensor.chunks) for key, tensor in read_index(tmp_path / "saved" / "tensors").items()}
     assert name == "pp2 interleaved" or max(chunks.values()) > 1, "no tensor was saved in parts: the test shows nothing"
+
+
+def _check_parts(checkpoint: Path, layout: Layout) -> None:
+    """No chunk lies in two ranks' parts, and there are no more chunks than that takes, of these small tensors."""
+    stored = read_index(checkpoint / "tensors")
+    for entry in table(verified_record(checkpoint).model):
+        chunks = stored[f"model.{entry.name}"].chunks
+        ranks = layout.expert_tensor if len(entry.shape) == 3 else layout.tensor
+        wanted = len(entry.parts) * (ranks if entry.cut is not None else 1)
+        assert len(chunks) == wanted, entry.name
+        for chunk in chunks:
+            if entry.cut is not None:
+                height = entry.shape[entry.cut] // entry.matrices // ranks
+                assert chunk.shape[entry.cut] == height and chunk.offset[entry.cut] % height == 0, entry.name
 
 
 def test_two_files_with_an_index(tmp_path: Path, exported: dict[str, bytes]) -> None:

@@ -42,6 +42,9 @@ def test_names_in_memory_are_transformers() -> None:
     raw = write_config(config, 1e4, "minimax", "float32", 64)
     theirs = MiniMaxForCausalLM(MiniMaxConfig(**{k: v for k, v in raw.items() if k != "model_type"})).state_dict()
     ours = {part.name: part.shape for entry in table(config, "memory") for part in entry.parts}
+    assert [(entry.name, entry.cut, entry.matrices) for entry in table(config)] == [
+        (entry.name, entry.cut, entry.matrices) for entry in table(config, "memory")
+    ]
     assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.items() if not is_decay_buffer(name)}
     assert len(ours) < len(theirs)
 

@@ -79,6 +79,40 @@ def test_the_first_layer_that_differs_is_named(both: tuple[Path, Path], verify: 
     assert f"the first to differ: {first}\n" in said
 
 
+def test_every_piece_is_compared(both: tuple[Path, Path], verify: Says, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At pieces of a row: a number in the first one, and one whose sign alone differs, 0.0 and -0.0."""
+    checkpoint, export = both
+    monkeypatch.setattr("minimax_train.convert.pieces.MOST_BYTES", 100)
+    change(export, "model.layers.0.self_attn.qkv_proj.weight", 0.5)
+    assert "these differ: 1: model.layers.0.self_attn.qkv_proj.weight" in verify(export, "--against", checkpoint)[1]
+    for folder, zero in ((export, 0.0), (export.parent / "other", -0.0)):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(FIXTURE / "config.json", folder)
+        tensors = load_file(FIXTURE / "model.safetensors")
+        tensors["model.norm.weight"][5] = zero
+        save_file(tensors, folder / "model.safetensors")
+    from_hf(export, export.parent / "zero")
+    assert verify(export, "--against", export.parent / "zero")[0] == 0
+    status, said = verify(export.parent / "other", "--against", export.parent / "zero")
+    assert status == 1 and "these differ: 1: model.norm.weight" in said
+
+
+def test_a_checkpoint_narrower_than_the_folder(tmp_path: Path, verify: Says) -> None:
+    """from-hf --cast bf16 of fp32 weights: equal after the same cast of the folder's."""
+    from_hf(FIXTURE, tmp_path / "narrow", cast="bf16")
+    status, said = verify(FIXTURE, "--against", tmp_path / "narrow")
+    assert status == 0, said
+
+
+def test_another_base_alone_changes_the_logits(both: tuple[Path, Path], verify: Says) -> None:
+    checkpoint, export = both
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
+    status, said = verify(export, "--against", checkpoint)
+    assert status == 1
+    assert "rope_base: 10000 -> 500000" in said and "the first to differ: layer 7\n" in said
+
+
 def test_a_cast_is_told_and_is_no_difference(tmp_path: Path, both: tuple[Path, Path], verify: Says) -> None:
     checkpoint, _ = both
     to_hf(checkpoint, tmp_path / "bf16", "minimax_m1", cast="bf16")

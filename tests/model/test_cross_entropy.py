@@ -10,7 +10,7 @@ from minimax_train.kernels import cross_entropy
 from minimax_train.kernels.cross_entropy import Part, define, define_gradient, linear_cross_entropy
 from parallel.collectives import Channel
 from parallel.testing import run_ranks
-from parallel.world import Place, joined
+from parallel.world import Place, joined, meet
 
 
 @pytest.mark.parametrize("tokens", [1, 1023, 1024, 1025, 2500])
@@ -70,7 +70,7 @@ def test_fp32_head_multiplies_bf16_exactly() -> None:
 
 def part_of_vocabulary(place: Place, x: Tensor, w: Tensor, labels: Tensor, upstream: Tensor) -> list[Tensor]:
     """(losses, this rank's gradient of x, of its rows of w)."""
-    with joined(place, "gloo"):
+    with joined(place, "gloo", meet(place)):
         assert dist.group.WORLD is not None
         channel = Channel(dist.group.WORLD)
         part = Part(rank=place.rank, ranks=place.size, gather=lambda t: channel.begin_all_gather(t, "losses").finish())

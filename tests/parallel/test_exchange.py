@@ -15,7 +15,7 @@ from parallel.exchange import Exchange, make_exchange
 from parallel.pieces import cut_row
 from parallel.states import Flow, state_flow
 from parallel.testing import run_ranks
-from parallel.world import Place, joined
+from parallel.world import Place, joined, meet
 
 HEADS, SIZE = 5, 8
 KINDS = ("gather", "transpose", "pruned", "auto")
@@ -86,7 +86,7 @@ def broken(place: Place, kind: str, value: float) -> list[Tensor]:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    with joined(place, "gloo"):
+    with joined(place, "gloo", meet(place)):
         assert dist.group.WORLD is not None
         channel, flow = Channel(dist.group.WORLD), state_flow(cut_row((0, 20, 45, 64), place.size))
         slopes, held = [0.01] * HEADS, flow.held[place.rank]
@@ -114,7 +114,7 @@ def two_layers(place: Place, kind: str) -> list[Tensor]:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    with joined(place, "gloo"):
+    with joined(place, "gloo", meet(place)):
         assert dist.group.WORLD is not None
         channel, pieces = Channel(dist.group.WORLD), cut_row((0, 50, 64), place.size)
         states = torch.randn(2, HEADS, SIZE, SIZE, generator=torch.Generator().manual_seed(place.rank))
@@ -137,7 +137,7 @@ def late_channel(place: Place) -> list[str]:
     """What a toy exchange sees that reads before the end, and what one is told that writes to what it sends."""
     import torch.distributed as dist
 
-    with joined(place, "gloo"):
+    with joined(place, "gloo", meet(place)):
         assert dist.group.WORLD is not None
         channel, said = Channel(dist.group.WORLD, late=True), []
         for begin in (

@@ -50,10 +50,10 @@ def on_rank(place: Place, cases: list[Case]) -> list[dict[str, Any]]:
     import torch.distributed as dist
 
     from parallel.collectives import Channel
-    from parallel.world import joined
+    from parallel.world import joined, meet
 
     torch.set_num_threads(1)
-    with joined(place, "gloo"):
+    with joined(place, "gloo", meet(place)):
         assert dist.group.WORLD is not None
         return [one_case(case, Channel(dist.group.WORLD, late=case.late)) for case in cases]
 
@@ -280,7 +280,7 @@ def order_of_events(place: Place) -> list[str]:
     import torch.distributed as dist
 
     from parallel.collectives import Channel, Pending
-    from parallel.world import joined
+    from parallel.world import joined, meet
 
     events: list[str] = []
 
@@ -292,7 +292,7 @@ def order_of_events(place: Place) -> list[str]:
             pending.finish = lambda: (events.append(f"finish {name}"), finish())[1]  # type: ignore[method-assign]
             return pending
 
-    with joined(place, "gloo"):
+    with joined(place, "gloo", meet(place)):
         assert dist.group.WORLD is not None
         one_case(Case(ROWS["one document"], "pruned"), Watched(dist.group.WORLD), events)
     return events
