@@ -94,6 +94,17 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int = 1024) -> Tokenize
     return _tokenizer(engine.to_str(pretty=True).encode(), [*END_OF_DOCUMENT_NAMES], where="the trained tokenizer")
 
 
+def word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """A tokenizer whose ids are whole words, by their place in `words`: text is words with white space between, and no other word.
+
+    The first, which ends documents, is one of END_OF_DOCUMENT_NAMES. Encoding another word raises the library's own error.
+    """
+    engine = tokenizers.Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}))
+    engine.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    engine.add_special_tokens([words[0]])
+    return _tokenizer(engine.to_str(pretty=True).encode(), words[:1], where="the tokenizer of words")
+
+
 class _HuggingFace:
     """`tokenizers`, with special tokens found in the text encoded as ordinary text."""
 

@@ -86,10 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     scored.add_argument("--input-ids", metavar="FILE.safetensors", type=Path, required=True, help="holds `input_ids` [batch, tokens]")
     scored.add_argument("--to", metavar="FILE.safetensors", type=Path, required=True, help="gets `logits` [batch, tokens, vocabulary]")
     scored.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute in this precision (default: the checkpoint's)")
-    positions = add(
-        "positions", _positions, "Loss by position, before and after each extension stage.", to=group("evaluate", "Judge a run.")
-    )
+    evaluations = group("evaluate", "Judge a run: positions, needle.")
+    positions = add("positions", _positions, "Loss by position, before and after each extension stage.", to=evaluations)
     positions.add_argument("run", metavar="RUN", type=Path)
+    _add_needle(add("needle", _needle, "Facts hidden far back: how many are found, by length and depth.", to=evaluations))
+    _add_generate(add("generate", _generate, "Let a small model go on from a prompt, on one rank."))
     checkpoints = group("checkpoint", "A run's checkpoints: list, verify.")
     for name, verb, about in (
         ("list", _checkpoint_list, "Every checkpoint of a run, and whether it is intact."),
@@ -133,6 +134,38 @@ def _add_data(add: Any, to: Any) -> None:
     adopted.add_argument("prefix", metavar="PREFIX", type=Path)
     adopted.add_argument("--tokenizer", metavar="T", type=Path, required=True, help="the tokenizer that made the ids")
     adopted.add_argument("--eod", help="its end-of-document token (default: the first usual one it has)")
+
+
+def _add_needle(made: argparse.ArgumentParser) -> None:
+    made.add_argument("checkpoint", metavar="RUN_OR_CKPT", type=Path)
+    made.add_argument("--lengths", metavar="N,N,...", help="tokens (default: of the run's stages, or the longest row trained on)")
+    made.add_argument(
+        "--depths", metavar="N|X,X,...", default="5", help="how many, or which: 0 before all else, 1 right before the question"
+    )
+    made.add_argument("--tasks", metavar="T,T,...", default="single,multi_key,variables", help="default: single,multi_key,variables")
+    made.add_argument("--samples", metavar="N", type=int, default=8, help="of each task, length and depth (default: 8)")
+    made.add_argument("--seed", metavar="N", type=int, default=1234)
+    made.add_argument("--tokenizer", metavar="T", type=Path, help="default: of the run's data, or what came with the checkpoint")
+    made.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
+    made.add_argument(
+        "--set", metavar="layout.a=N", action="append", default=[], dest="settings", help="how ranks share a row and the model"
+    )
+    made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch can use one")
+    made.add_argument("--to", metavar="FOLDER", type=Path, help="gets needle.json and needle.png (default: RUN/evaluation)")
+    made.add_argument("--json", action="store_true", help="print what needle.json holds instead of a table")
+
+
+def _add_generate(made: argparse.ArgumentParser) -> None:
+    made.add_argument("checkpoint", metavar="CKPT", type=Path, help="or a run, whose newest checkpoint is taken")
+    prompts = made.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT")
+    prompts.add_argument("--input-ids", metavar="FILE.safetensors", type=Path, help="holds `input_ids` [batch, tokens]: a prompt a row")
+    made.add_argument("--tokens", metavar="N", type=int, default=64, help="at most so many (default: 64)")
+    made.add_argument("--tokenizer", metavar="T", type=Path, help="default: of the run's data, or what came with the checkpoint")
+    made.add_argument("--temperature", metavar="X", type=float, default=0.0, help="0 (the default): the likeliest token")
+    made.add_argument("--seed", metavar="N", type=int, default=1234)
+    made.add_argument("--past-end", action="store_true", help="do not stop at the end-of-document token")
+    made.add_argument("--json", action="store_true", help="print ids and text of every prompt")
 
 
 def _add_convert(add: Any, to: Any) -> None:
@@ -205,15 +238,10 @@ def _count(a: argparse.Namespace) -> int:
 
 def _train(a: argparse.Namespace) -> int:
     from minimax_train.recipe import load_plan
-    from parallel.world import find_place, run_local
+    from parallel.world import run_local
 
     plan = load_plan(a.recipe, a.settings)
-    place = find_place(os.environ)
-    if place is not None and a.ranks not in (None, place.size):
-        raise ValueError(f"--ranks is {a.ranks}, but the launcher started {place.size}: leave --ranks out under torchrun or srun")
-    ranks = place.size if place else 1 if a.ranks is None else a.ranks
-    if ranks < 1:
-        raise ValueError(f"--ranks is {ranks}; it must be at least 1")
+    place, ranks = _ranks(a.ranks)
     plan.check_ranks(ranks)
     _check_device(plan)
     if a.stage is not None:
@@ -223,7 +251,20 @@ def _train(a: argparse.Namespace) -> int:
     if place is not None:
         return _train_rank(place, plan, a.to, a.profile, a.stage)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks meet on the loopback, whatever the host is called
-    return run_local(_train_as_local, ranks, plan, a.to, a.profile, a.stage, a.traceback)
+    return run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile, a.stage)
+
+
+def _ranks(asked: int | None) -> tuple[Any, int]:
+    """This process's place where a launcher started it, else None; and how many ranks there are or are to be."""
+    from parallel.world import find_place
+
+    place = find_place(os.environ)
+    if place is not None and asked not in (None, place.size):
+        raise ValueError(f"--ranks is {asked}, but the launcher started {place.size}: leave --ranks out under torchrun or srun")
+    ranks = place.size if place else 1 if asked is None else asked
+    if ranks < 1:
+        raise ValueError(f"--ranks is {ranks}; it must be at least 1")
+    return place, ranks
 
 
 def _check_device(plan: "Plan") -> None:
@@ -249,11 +290,11 @@ def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool, only: str | 
     return 0
 
 
-def _train_as_local(place: Any, plan: "Plan", run: Path, profile: bool, only: str | None, traceback: bool) -> int:
+def _as_local(place: Any, traceback: bool, work: Callable[..., int], *arguments: Any) -> int:
     """One of --ranks N: errors are told as in `main`, by the first rank."""
     os.environ["RANK"] = str(place.rank)
     try:
-        return _train_rank(place, plan, run, profile, only)
+        return work(place, *arguments)
     except (ValueError, FloatingPointError, OSError) as error:
         if traceback:
             raise
@@ -433,6 +474,78 @@ def _positions(a: argparse.Namespace) -> int:
         from minimax_train.evaluate.positions import evaluate_positions, positions_table
 
         print(positions_table(evaluate_positions(a.run, alone)))
+    return 0
+
+
+def _needle(a: argparse.Namespace) -> int:
+    import torch
+
+    from minimax_train.evaluate.grid import Asked, depths_of, layout_of, lengths_of, tasks_of
+    from minimax_train.evaluate.tokenizer import run_of
+    from parallel.world import run_local
+
+    asked = Asked(
+        lengths=None if a.lengths is None else lengths_of(a.lengths),
+        depths=depths_of(a.depths),
+        tasks=tasks_of(a.tasks.split(",")),
+        samples=a.samples,
+        seed=a.seed,
+    )
+    layout, (place, ranks) = layout_of(a.settings), _ranks(a.ranks)
+    layout.data(ranks)  # refuses what does not fit
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but this machine has no CUDA device that torch can use: leave --device out")
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run = run_of(a.checkpoint)
+    final = a.to / "needle.json" if a.to is not None else None if run is None else run.needle
+    name = a.checkpoint.resolve().name if run is None else run.load_plan().name
+    if place is not None:
+        return _needle_rank(place, layout, device, asked, a, final, name)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return run_local(_as_local, ranks, a.traceback, _needle_rank, layout, device, asked, a, final, name)
+
+
+def _needle_rank(place: Any, layout: Any, device: Any, asked: Any, a: argparse.Namespace, final: Path | None, name: str) -> int:
+    from minimax_train.engine.session import session
+
+    with session(device, layout, place) as joined:
+        from minimax_train.evaluate.needle import needle_table
+        from minimax_train.evaluate.needle_run import evaluate_needle, write_needles
+
+        def told(line: str) -> None:
+            if joined.is_first:
+                print(line, file=sys.stderr, flush=True)
+
+        needles = evaluate_needle(a.checkpoint, asked, a.tokenizer, joined, told)
+        if joined.is_first:
+            print(needles.dump() if a.json else needle_table(needles.cells))
+            if final is None:
+                told("nothing is written: this is no run's checkpoint; say --to FOLDER for needle.json and needle.png")
+            else:
+                write_needles(needles, final, name)
+    return 0
+
+
+def _generate(a: argparse.Namespace) -> int:
+    if a.tokens < 0:
+        raise ValueError(f"--tokens is {a.tokens}; it must be at least 0")
+    _, ranks = _ranks(None)
+    if ranks > 1:
+        raise ValueError(f"the launcher started {ranks} ranks; generate runs a small model on one: call it without a launcher")
+    from minimax_train.engine.session import session
+
+    with session() as alone:
+        from minimax_train.evaluate.generate import Choosing
+        from minimax_train.evaluate.prompts import go_on
+
+        choosing = Choosing(temperature=a.temperature, seed=a.seed)
+        ids = a.prompt if a.input_ids is None else a.input_ids
+        made = go_on(a.checkpoint, ids, alone, choosing, tokens=a.tokens, tokenizer=a.tokenizer, past_end=a.past_end)
+    if a.json:
+        print(json.dumps([vars(one) for one in made], indent=1))
+    else:
+        for one in made:
+            print(" ".join(map(str, one.ids)) if one.text is None else one.text)
     return 0
 
 

@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from minimax_train.plan import Plan
+from parallel.layout import Layout
 
 
 def load_plan(recipe: str, settings: Iterable[str] = ()) -> Plan:
@@ -22,6 +23,18 @@ def load_plan(recipe: str, settings: Iterable[str] = ()) -> Plan:
     for setting in settings:
         _apply(tree, setting)
     return as_plan(tree)
+
+
+def load_layout(settings: Iterable[str]) -> Layout:
+    """One rank's layout with `layout.NAME=VALUE` on top. ValueError, in one line, as from load_plan."""
+    tree: dict[str, Any] = {"layout": asdict(Layout())}
+    for setting in settings:
+        _apply(tree, setting)
+    try:
+        return TypeAdapter(Layout).validate_json(json.dumps(tree["layout"]))
+    except ValidationError as error:
+        said = [_explain(item) for item in error.errors()]
+        raise ValueError("; ".join(line if line.startswith("layout.") else f"layout.{line}" for line in said)) from None
 
 
 def as_plan(tree: dict[str, Any]) -> Plan:

@@ -56,7 +56,7 @@ def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "convert to-hf",
         "logits",
     ]
-    + ["evaluate positions", "checkpoint list", "checkpoint verify", "status", "report", "doctor"],
+    + ["evaluate positions", "evaluate needle", "generate", "checkpoint list", "checkpoint verify", "status", "report", "doctor"],
 )
 def test_help(verb: str) -> None:
     done = run(*verb.split(), "--help")

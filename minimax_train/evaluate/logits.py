@@ -20,10 +20,15 @@ from minimax_train.plan import Precision
 def load_decoder(checkpoint: Path, session: Session, precision: Precision | None = None) -> tuple[Decoder, Record]:
     """The model of a verified checkpoint, in its own precision or another, at the RoPE base it was trained with."""
     record = verified_record(checkpoint)
+    return fill_decoder(checkpoint, record, session, precision), record
+
+
+def fill_decoder(checkpoint: Path, record: Record, session: Session, precision: Precision | None = None) -> Decoder:
+    """The same, of a checkpoint known to be undamaged: all its layers, of which this rank has its part under the session's layout."""
     stage = build_stage(record.model, session, dtype=precision or record.precision, seed=None, rope_base=record.rope_base)
     decoder = bare(stage).eval()
     load_weights(decoder, checkpoint, record, session.groups)
-    return decoder, record
+    return decoder
 
 
 def read_input_ids(path: Path, vocabulary: int) -> Tensor:

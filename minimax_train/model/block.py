@@ -36,6 +36,12 @@ class Block(nn.Module):
         """`[T, hidden]` -> `[T, hidden]`. `first`: see recompute.recomputed. `experts_again`: the backward pass computes the experts' gate
         and up again."""
         h = self.attention_norm(x_TC)
-        h = self.experts_norm(self.alpha * h + self.beta * self.attention(h, documents))
-        y, routing = self.experts(h, documents.places, first, again=experts_again)
+        return self.after_mixer(h, self.attention(h, documents), documents.places, first, experts_again=experts_again)
+
+    def after_mixer(
+        self, h_TC: Tensor, mixed_TC: Tensor, places_S: Tensor | None = None, first: FirstRun | None = None, *, experts_again: bool = False
+    ) -> tuple[Tensor, Routing]:
+        """The rest of the layer, given the normed input and what a mixer made of it."""
+        h = self.experts_norm(self.alpha * h_TC + self.beta * mixed_TC)
+        y, routing = self.experts(h, places_S, first, again=experts_again)
         return self.alpha_experts * h + self.beta_experts * y, routing

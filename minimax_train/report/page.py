@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from minimax_train.report import words
 from minimax_train.report.canvas import png
+from minimax_train.report.needle_plot import needle_plot
 from minimax_train.report.plots import Plot, expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
@@ -44,6 +45,7 @@ def write_report(run: Path) -> Path:
     plots = (
         loss_plot(record, summary),
         position_plot(record.name, record.positions),
+        needle_plot(record.name, record.needles),
         expert_plot(record),
         router_plot(record),
         source_plot(record),

@@ -11,6 +11,7 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from minimax_train.report.needles import NeedleMaps, read_needles
 from minimax_train.report.positions import PositionLosses, read_positions
 from minimax_train.report.routers import Routers, collect_routers, read_router
 from minimax_train.report.sources import Sources, collect_sources, read_sources
@@ -59,7 +60,7 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All a report needs. `routers`, `sources`, `positions` and `facts` are None where there is nothing of them."""
+    """All a report needs. `routers`, `sources`, `positions`, `needles` and `facts` are None where there is nothing of them."""
 
     name: str
     directory: str
@@ -70,6 +71,7 @@ class Record:
     routers: Routers | None
     sources: Sources | None
     positions: tuple[PositionLosses, ...] | None
+    needles: NeedleMaps | None
     facts: Mapping[str, Any] | None
     remarks: tuple[str, ...]  # said on the page
 
@@ -89,7 +91,7 @@ class Record:
 
 
 def read_record(run: Path) -> Record:
-    """Reads `run`: plan.yaml and metrics.jsonl (required), evaluation/positions.json and run.json (optional).
+    """Reads `run`: plan.yaml and metrics.jsonl (required), evaluation/{positions,needle}.json and run.json (optional).
 
     Raises ValueError, one line, for a missing required file or a broken one (metrics.jsonl: with the line number).
     """
@@ -112,6 +114,7 @@ def read_record(run: Path) -> Record:
         routers=collect_routers([line.get("router") for line in lines if "loss" in line]),
         sources=collect_sources([line.get("sources") for line in lines if "loss" in line]),
         positions=read_positions(read_json(run / "evaluation" / "positions.json"), run / "evaluation" / "positions.json"),
+        needles=read_needles(read_json(run / "evaluation" / "needle.json"), run / "evaluation" / "needle.json"),
         facts=facts,
         remarks=remarks,
     )

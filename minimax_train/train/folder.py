@@ -27,6 +27,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.positions = path / "evaluation" / "positions.json"
+        self.needle = path / "evaluation" / "needle.json"
         self.logs = path / "logs"
 
     def require(self) -> "RunFolder":

@@ -98,6 +98,18 @@ def positions() -> dict[str, Any]:
     return {"stages": stages}
 
 
+def needles() -> dict[str, Any]:
+    """All three tasks: everything is found up to 16K, less and less beyond, least in the middle; a cell that was not asked for."""
+    cells = []
+    for number, task in enumerate(("single", "multi_key", "variables")):
+        for length in (2048, 8192, 16384, 32768, 65536):
+            for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
+                right = max(0.0, 1 - max(0.0, np.log2(length / 16384)) * (0.3 + 0.4 * (depth in (0.25, 0.5))) - 0.2 * number)
+                cells.append({"task": task, "length": length, "depth": depth, "samples": 20, "accuracy": right})
+                cells[-1] |= {"token_accuracy": (1 + right) / 2, "loss": 2 - 2 * right}
+    return {"checkpoint": "step-00000170", "step": 170, "trained_length": 32768, "rope_base": 1e7, "seed": 1, "cells": cells[:-1]}
+
+
 FACTS = {"device": "cpu", "ranks": 2, "torch": "2.13.0", "megatron_core": "0.16.1", "backend": "cpu", "unigram_entropy": 5.9123} | {
     "parameters": 4_512_345,
     "active_parameters": 2_012_345,
@@ -118,6 +130,7 @@ def write_run(run: Path, lines: list[dict[str, Any]] | None = None, names: dict[
     for stage in places["stages"]:
         stage["stage"] = rename.get(stage["stage"], stage["stage"])
     (run / "evaluation" / "positions.json").write_text(json.dumps(places))
+    (run / "evaluation" / "needle.json").write_text(json.dumps(needles()))
     (run / "run.json").write_text(json.dumps(FACTS))
     return run
 
@@ -130,5 +143,5 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def synthetic() -> ModuleType:
-    """This module: `STAGES`, `LAYERS`, `EXPERTS`, `metrics()`, `positions()`, `write_run(run)`."""
+    """This module: `STAGES`, `LAYERS`, `EXPERTS`, `metrics()`, `positions()`, `needles()`, `write_run(run)`."""
     return sys.modules[__name__]

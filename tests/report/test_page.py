@@ -17,7 +17,7 @@ from matplotlib.image import imread
 import minimax_train.report.page as page_module
 from minimax_train.report.page import write_report
 
-PLOTS = ("loss", "positions", "experts", "routers", "sources", "throughput", "optimizer")
+PLOTS = ("loss", "positions", "needle", "experts", "routers", "sources", "throughput", "optimizer")
 MakeRun = Callable[..., Path]
 
 
@@ -139,10 +139,12 @@ def test_same_run_same_bytes(report: Path) -> None:
 def test_missing_files_are_said(make_run: MakeRun) -> None:
     run = make_run()
     (run / "evaluation" / "positions.json").unlink()
+    (run / "evaluation" / "needle.json").unlink()
     (run / "run.json").unlink()
     page = write_report(run)
     text = page.read_text()
     assert "not evaluated: run `minimax-train evaluate positions RUN`" in text
+    assert "not evaluated: run `minimax-train evaluate needle RUN`" in text
     assert "run.json is missing" in text
     assert "CPU run" not in text
     assert "not measured" in Elements(text).cells[1]  # unigram entropy

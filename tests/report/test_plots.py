@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from minimax_train.report.canvas import fit, png, smooth, window_for
+from minimax_train.report.needle_plot import needle_plot
 from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
@@ -131,6 +132,25 @@ def test_position_plot_marks_the_previous_length(record: Record) -> None:
         assert not (worse.values <= 0).any()
         assert better.values[-1] == pytest.approx((stage.after - stage.before)[-1], abs=0.15)
     assert "change inside −0.033, beyond −0." in losses[0].get_title(loc="left")
+
+
+def test_needle_plot_shows_every_cell_where_it_belongs(record: Record, synthetic: Any) -> None:
+    """Lengths to the right, depths downwards, percent in the cells, and a line where samples get longer than training's rows."""
+    plot = needle_plot(record.name, record.needles)
+    maps = [axes for axes in _axes(plot.figure) if axes.images]
+    cells = synthetic.needles()["cells"]
+    for axes, task in zip(maps, ("single", "multi_key", "variables"), strict=True):
+        assert axes.get_title(loc="left").startswith(f"{task}: ")
+        lengths, depths = ([label.get_text() for label in labels] for labels in (axes.get_xticklabels(), axes.get_yticklabels()))
+        shown = {(depths[round(t.get_position()[1])], lengths[round(t.get_position()[0])]): t.get_text() for t in axes.texts}
+        expected = {(f"{c['depth']:.0%}", f"{c['length']:,}"): f"{100 * c['accuracy']:.0f}" for c in cells if c["task"] == task}
+        assert shown == expected
+        assert (depths[0], lengths[0]) == ("0%", "2,048")
+        bottom, top = axes.get_ylim()
+        assert bottom > top  # depth 0 is above
+        assert {x for line in axes.lines for x in line.get_xdata()} == {3.5}  # between 32,768, the longest row trained on, and 65,536
+        assert axes.images[0].get_clim() == (0, 1)
+    assert "variables 60% at 2,048" in plot.alt
 
 
 def test_position_plot_of_unmeasured_parts(make_run: MakeRun) -> None:

@@ -93,6 +93,16 @@ def _positions(change: dict[str, Any]) -> Callable[[Path], Any]:
     return write
 
 
+def _needles(change: dict[str, Any]) -> Callable[[Path], Any]:
+    def write(run: Path) -> None:
+        path = run / "evaluation" / "needle.json"
+        value = json.loads(path.read_text())
+        value["cells"][3] |= change
+        path.write_text(json.dumps(value))
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -107,6 +117,9 @@ def _positions(change: dict[str, Any]) -> Callable[[Path], Any]:
         (_positions({"inside": {}}), "positions.json stages[1]: missing key 'before'"),
         (_positions({"edges": [0, 2, 1]}), "positions.json stages[1]: 'edges' must be at least two rising positions"),
         (_positions({"after": [1.0, 2.0]}), "positions.json stages[1]: 'after' has shape (2,), but 129 edges make 128 bins"),
+        (lambda run: (run / "evaluation" / "needle.json").write_text("[]"), "needle.json: list indices must be integers"),
+        (_needles({"accuracy": 1.5}), "needle.json: 'accuracy' is 1.5; it must be from 0 to 1: write it again"),
+        (_needles({"loss": "x"}), "needle.json: could not convert string to float: 'x'"),
     ],
 )
 def test_damaged_files_are_refused(make_run: MakeRun, damage: Callable[[Path], Any], message: str) -> None:
