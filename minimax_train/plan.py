@@ -92,6 +92,29 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guard:
+    """Which steps are not applied: see train/guard.py."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    sigmas: float | None = 6.0
+    """Standard deviations above the mean from which a gradient norm is an outlier; null: only what is no number is refused."""
+    window: int = 128
+    """Steps that mean and deviation are of."""
+    least: int = 64
+    """Steps of a stage before which nothing is an outlier: norms fall while the rate warms up."""
+    most: int = 3
+    """Refused steps in a row that the run bears; one more stops it. Ours."""
+
+    def __post_init__(self) -> None:
+        at_least("guard", self, window=2, least=2, most=0)
+        if self.sigmas is not None:
+            at_least("guard", self, sigmas=1)
+        if self.least > self.window:
+            raise ValueError(f"guard.least is {self.least}; it must be at most guard.window, {self.window}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A whole run: the model, its data, and the stages it goes through."""
 
@@ -116,6 +139,7 @@ class Plan:
     layout: Layout = field(default_factory=Layout)
     """Of every stage that has none of its own."""
     optimizer: Optimizer = field(default_factory=Optimizer)
+    guard: Guard = field(default_factory=Guard)
     start: Start = field(default_factory=Start)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     validation: Validation = field(default_factory=Validation)

@@ -30,6 +30,10 @@ class Progress:
     """Tokens of all global batches so far."""
     sources: dict[str, Bookmark] = field(default_factory=dict)
     """Where each source of training rows stands; empty before the first step."""
+    norms: tuple[float, ...] = ()
+    """Gradient norms of the stage's last steps that were applied, for the guard."""
+    refused: int = 0
+    """Steps in a row, the last ones, that the guard did not apply."""
 
 
 @dataclass(frozen=True, kw_only=True)

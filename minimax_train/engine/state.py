@@ -92,7 +92,7 @@ def _boxes(parameter: Tensor, start: int, end: int) -> Iterator[_Box]:
 
 def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
     """Makes the moments exist (zero) before a checkpoint is loaded into them; no weight changes."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
@@ -101,7 +101,7 @@ def prepare_optimizer(optimizer: MegatronOptimizer) -> None:
 
 def optimizer_steps(optimizer: MegatronOptimizer) -> int:
     """Steps Adam has taken: its bias correction depends on them."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         for group in part.optimizer.param_groups:
             if "step" in group:  # apex and Transformer Engine
                 return int(group["step"])
@@ -113,7 +113,7 @@ def optimizer_steps(optimizer: MegatronOptimizer) -> int:
 
 def set_optimizer_steps(optimizer: MegatronOptimizer, steps: int) -> None:
     """The counterpart of optimizer_steps, for a restored optimizer; every parameter gets a step tensor of its own."""
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         keeps_in_state = isinstance(part.optimizer, torch.optim.AdamW)
         for group in part.optimizer.param_groups:
             if not keeps_in_state:
@@ -129,7 +129,8 @@ def adopt_weights(optimizer: MegatronOptimizer) -> None:
     optimizer.reload_model_params()
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+def parts_of(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers that it is made of: of dense and of expert weights."""
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
@@ -140,7 +141,7 @@ def _shards(decoder: nn.Module, optimizer: MegatronOptimizer) -> Iterator[tuple[
     bf16 parameters, as routers and the rest do here, it points at the wrong ones.
     """
     names = {parameter: name for name, parameter in decoder.named_parameters()}
-    for part in _parts(optimizer):
+    for part in parts_of(optimizer):
         pairs = ((part.model_float16_groups, part.shard_fp32_from_float16_groups), (part.model_fp32_groups, part.shard_fp32_groups))
         for parameters, mains in ((p, m) for models, shards in pairs for p, m in zip(models, shards, strict=True)):
             for parameter, main in zip(parameters, mains, strict=True):

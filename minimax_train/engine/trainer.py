@@ -1,5 +1,6 @@
 """One training step on megatron-core: DDP, distributed optimizer, schedule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from minimax_train.engine.batch import Totals, run_batch, total
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import PipelineStage, bare, build_stages, together
+from minimax_train.engine.update import gradient_norm, update
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.row import Row
 from minimax_train.plan import Plan
@@ -21,6 +23,8 @@ class StepReport(Totals):
 
     grad_norm: float
     """Before clipping."""
+    refusal: str | None = None
+    """Why the gradient was not applied; None where it was."""
 
 
 class Trainer:
@@ -62,15 +66,19 @@ class Trainer:
         """This rank's chunks of the layers."""
         return [bare(chunk) for chunk in self.chunks]
 
-    def step(self, rows: list[Row], learning_rate: float) -> StepReport:
-        """One optimizer step on this rank's `rows` (the same number on every rank)."""
+    def step(self, rows: list[Row], learning_rate: float, judge: Callable[[float], str | None] = lambda _: None) -> StepReport:
+        """One optimizer step on this rank's `rows` (the same number on every rank), unless `judge` gives a reason why a gradient of that
+        norm should not be applied: then no weight and no moment changes."""
         self.zero_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.plan.optimizer.weight_decay * group["wd_mult"]  # norms are not decayed
         totals = self.descend(rows)
-        _, grad_norm, _ = self.optimizer.step()
-        return StepReport(**vars(totals), grad_norm=float(grad_norm))
+        norm = gradient_norm(self.optimizer)
+        refusal = judge(norm)
+        if refusal is None:
+            update(self.optimizer, norm, self.plan.optimizer.clip_grad)
+        return StepReport(**vars(totals), grad_norm=norm, refusal=refusal)
 
     def zero_gradients(self) -> None:
         """Before each batch."""

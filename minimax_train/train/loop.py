@@ -1,11 +1,10 @@
 """The training loop, top to bottom: open the run, go through the stages, write what happened."""
 
-import math
 import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from minimax_train.engine.trainer import StepReport, Trainer
 from minimax_train.model.count import count_parameters, training_flops
 from minimax_train.plan import Plan, Stage
 from minimax_train.train.folder import RunFolder, owned
+from minimax_train.train.guard import Watch
 from minimax_train.train.metrics import Metrics, routing_figures
 from minimax_train.train.peak import peak_flops
 from minimax_train.train.resume import Opening, open_data, open_run, restore
@@ -129,10 +129,21 @@ class _Run:
         before, size = sampler.bookmarks, stage.batch_at(step)
         rows = [to_row(next(sampler).row, self.session) for _ in range(size // stage.length // self.session.groups.data.size())]
         rate = learning_rate(stage, step)
-        report = self.trainer.step(rows, rate)
-        p, after = self.progress, sampler.bookmarks
-        self.progress = replace(p, step=p.step + 1, stage_step=p.stage_step + 1, tokens=p.tokens + size, sources=after)
+        watch, guard = Watch(norms=self.progress.norms, refused=self.progress.refused), self.plan.guard
+        report = self.trainer.step(rows, rate, lambda norm: watch.judge(guard, norm))
+        p, after, watch = self.progress, sampler.bookmarks, watch.after(guard, report.grad_norm, report.refusal)
+        self.progress = replace(
+            p,
+            step=p.step + 1,
+            stage_step=p.stage_step + 1,
+            tokens=p.tokens + size,
+            sources=after,
+            norms=watch.norms,
+            refused=watch.refused,
+        )
         figures = {"lr": rate, "batch_tokens": size, **self._data_figures(size, before, after)}
+        if report.refusal is not None:  # with where its rows came from: to look at, or to leave out
+            figures["refused"] = {"reason": report.refusal, "rows": {name: asdict(bookmark) for name, bookmark in before.items()}}
         self._write_step(stage, report, size, time.perf_counter() - begin, figures)
 
     def _data_figures(self, size: int, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
@@ -153,7 +164,7 @@ class _Run:
             self._validate(stage)
         if ended:
             sources = {name: bookmark.next_stage() for name, bookmark in self.progress.sources.items()}
-            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources)
+            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=())
         if ended or last or step % self.plan.checkpoints.every_steps == 0:
             self._save(stage, ended=ended)
 
@@ -215,10 +226,13 @@ class _Run:
                 **routing_figures(report.routing),
             }
             self.metrics.write(self._where(stage) | figures)
-        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+        if report.refusal is not None and self.metrics is not None:
+            self.metrics.say(f"step {self.progress.step} was not applied: {report.refusal}")
+        if self.progress.refused > self.plan.guard.most:
             raise FloatingPointError(
-                f"step {self.progress.step}: loss {report.loss}, gradient norm {report.grad_norm}; stopped before a checkpoint held it: "
-                "look at the steps before in metrics.jsonl, then go on from the last checkpoint with a lower learning rate"
+                f"step {self.progress.step}: loss {report.loss}, {report.refusal}; not applied, like the {self.progress.refused - 1} steps "
+                "before it: more than guard.most in a row. Look at `refused` in metrics.jsonl, then go on from the last checkpoint with a "
+                "lower learning rate or other data"
             )
 
     def _facts(self) -> dict[str, Any]:
