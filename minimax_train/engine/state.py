@@ -47,7 +47,7 @@ def model_state(decoder: nn.Module, groups: Groups) -> Sharded:
 def optimizer_state(decoder: nn.Module, optimizer: MegatronOptimizer) -> Sharded:
     """This rank's part of fp32 weights and moments; the tensors are the optimizer's own, so that loading fills them in place."""
     state = {}
-    for name, parameter, shard, start in _shards(decoder, optimizer):
+    for name, parameter, shard, start in shards(decoder, optimizer):
         for kind in MOMENTS:
             key, tensor = f"optimizer.{kind}.{name}", shard[kind].detach()
             for number, box in enumerate(_boxes(parameter, start, start + len(tensor))):
@@ -134,7 +134,7 @@ def parts_of(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     return list(optimizer.chained_optimizers) if isinstance(optimizer, ChainedOptimizer) else [optimizer]
 
 
-def _shards(decoder: nn.Module, optimizer: MegatronOptimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor], int]]:
+def shards(decoder: nn.Module, optimizer: MegatronOptimizer) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor], int]]:
     """(name, parameter, this rank's shard of its state, where the shard starts in the flattened parameter).
 
     megatron-core's own map from parameter to main parameter (model_param_group_index_map) is not used: in a group that mixes fp32 and

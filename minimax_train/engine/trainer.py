@@ -9,6 +9,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import nn
 
 from minimax_train.engine.batch import Totals, run_batch, total
+from minimax_train.engine.gradient_kinds import norms_by_kind
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import PipelineStage, bare, build_stages, together
 from minimax_train.engine.update import gradient_norm, update
@@ -23,6 +24,8 @@ class StepReport(Totals):
 
     grad_norm: float
     """Before clipping."""
+    grad_norms: dict[str, float]
+    """The same by kind of weight, see gradient_kinds.py."""
     refusal: str | None = None
     """Why the gradient was not applied; None where it was."""
 
@@ -75,10 +78,11 @@ class Trainer:
             group["weight_decay"] = self.plan.optimizer.weight_decay * group["wd_mult"]  # norms are not decayed
         totals = self.descend(rows)
         norm = gradient_norm(self.optimizer)
+        kinds = norms_by_kind(self.decoder, self.optimizer, self.plan.model, self.session.groups)
         refusal = judge(norm)
         if refusal is None:
             update(self.optimizer, norm, self.plan.optimizer.clip_grad)
-        return StepReport(**vars(totals), grad_norm=norm, refusal=refusal)
+        return StepReport(**vars(totals), grad_norm=norm, grad_norms=kinds, refusal=refusal)
 
     def zero_gradients(self) -> None:
         """Before each batch."""

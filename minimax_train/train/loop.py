@@ -219,6 +219,7 @@ class _Run:
                 "auxiliary_loss": report.auxiliary_loss,
                 "context_imbalance": report.imbalance,
                 "grad_norm": report.grad_norm,
+                "grad_norms": report.grad_norms,
                 "tokens_per_second": size / seconds,
                 "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
                 "step_seconds": seconds,

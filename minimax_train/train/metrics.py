@@ -64,7 +64,7 @@ class Metrics:
         for name, layers in figures.get("router", {}).items():
             for layer, value in enumerate(layers):
                 self._board.add_scalar(f"router_{name}/layer_{layer:02}", value, figures["step"])
-        for kind in ("sources", "epochs"):
+        for kind in ("sources", "epochs", "grad_norms"):
             for source, value in figures.get(kind, {}).items():
                 self._board.add_scalar(f"{kind}/{source}", value, figures["step"])
         text = ", ".join(f"{shown} {figures[name]:.4g}" for name, shown in SHOWN.items() if name in figures)

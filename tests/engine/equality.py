@@ -62,9 +62,9 @@ def of_all_stages(held: dict[str, Tensor], joined: Session) -> dict[str, Tensor]
 
 def gathered(trainer: Any, joined: Session, pick: Callable[[nn.Parameter, dict[str, Tensor], slice], Tensor]) -> dict[str, Tensor]:
     """Whole tensors from what each rank's optimizer has: pick(parameter, its shard of the state, its range of the flattened parameter)."""
-    from minimax_train.engine.state import _shards
+    from minimax_train.engine.state import shards as optimizer_shards
 
-    found, shards = {}, {name: (shard, start) for name, _, shard, start in _shards(trainer.decoder, trainer.optimizer)}
+    found, shards = {}, {name: (shard, start) for name, _, shard, start in optimizer_shards(trainer.decoder, trainer.optimizer)}
     for name, parameter in trainer.decoder.named_parameters():
         mine = torch.zeros(parameter.numel())
         if name in shards:
