@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from minimax_train.report import words
 from minimax_train.report.canvas import png
+from minimax_train.report.gradient_plot import gradient_plot
 from minimax_train.report.needle_plot import needle_plot
 from minimax_train.report.plots import Plot, expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
@@ -51,6 +52,7 @@ def write_report(run: Path) -> Path:
         source_plot(record),
         throughput_plot(record, summary),
         optimizer_plot(record),
+        gradient_plot(record),
     )
     pictures = [Picture(plot=plot, image=None if plot.figure is None else png(plot.figure)) for plot in plots]
     page = _render(record, summary, pictures)

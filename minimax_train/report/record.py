@@ -11,6 +11,7 @@ import numpy as np
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from minimax_train.report.gradients import Gradients, collect_gradients, read_gradients
 from minimax_train.report.needles import NeedleMaps, read_needles
 from minimax_train.report.positions import PositionLosses, read_positions
 from minimax_train.report.routers import Routers, collect_routers, read_router
@@ -60,7 +61,7 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All a report needs. `routers`, `sources`, `positions`, `needles` and `facts` are None where there is nothing of them."""
+    """All a report needs. `routers`, `sources`, `gradients`, `positions`, `needles` and `facts` are None where there is nothing of them."""
 
     name: str
     directory: str
@@ -70,6 +71,7 @@ class Record:
     validation: Validation
     routers: Routers | None
     sources: Sources | None
+    gradients: Gradients | None
     positions: tuple[PositionLosses, ...] | None
     needles: NeedleMaps | None
     facts: Mapping[str, Any] | None
@@ -113,6 +115,7 @@ def read_record(run: Path) -> Record:
         validation=_validation([line for line in lines if "validation_loss" in line]),
         routers=collect_routers([line.get("router") for line in lines if "loss" in line]),
         sources=collect_sources([line.get("sources") for line in lines if "loss" in line]),
+        gradients=collect_gradients([line.get("gradients") for line in lines if "loss" in line]),
         positions=read_positions(read_json(run / "evaluation" / "positions.json"), run / "evaluation" / "positions.json"),
         needles=read_needles(read_json(run / "evaluation" / "needle.json"), run / "evaluation" / "needle.json"),
         facts=facts,
@@ -202,6 +205,7 @@ def _checked(line: dict[str, Any], where: str, stage_number: Mapping[str, int]) 
         checked["router"] = read_router(line["router"], where)
     if not validation:
         checked["sources"] = read_sources(line, where)
+        checked["gradients"] = read_gradients(line, where)
     if validation and line.get("expert_load"):
         try:
             checked["expert_load"] = np.array(line["expert_load"], dtype=np.float64).reshape(len(line["expert_load"]), -1)

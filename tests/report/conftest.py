@@ -47,6 +47,7 @@ def metrics() -> list[dict[str, Any]]:
                 | {"expert_load_max": 1.2 + 2.5 * np.exp(-step / 25) + random.gamma(2, 0.05), "another_key": "kept out"}
                 | {"router": _router(step)}
                 | _sources(number, tokens)
+                | _gradients(step)
             )
             if i + 1 in (steps // 2, steps):
                 lines.append(_validation(random, step, name, tokens, length, loss + 0.08))
@@ -69,6 +70,15 @@ def _sources(stage: int, tokens: int) -> dict[str, Any]:
         "packing_efficiency": 1.0 if not stage else 0.993 + 0.001 * (tokens // 8192 % 5),
         "split_documents": 3 if not stage else 0,
     }
+
+
+def _gradients(step: int) -> dict[str, Any]:
+    """Early layers that explode for three steps at the second stage's start; two of these steps are not applied."""
+    kinds = ("lightning_early", "lightning_late", "softmax", "experts", "routers", "norms", "embedding", "head")
+    norms = {kind: (0.05 + 0.3 * np.exp(-step / 30)) * (1 + i / 4) * (1 + 0.1 * np.sin(step + i)) for i, kind in enumerate(kinds)}
+    norms["lightning_early"] *= 40 if 121 <= step <= 123 else 1
+    refused = {"reason": "gradient norm 9.1; the last 128 were 0.4 +- 0.05", "rows": {}}
+    return {"grad_norms": norms} | ({"refused": refused} if step in (122, 123) else {})
 
 
 def _validation(random: np.random.Generator, step: int, stage: str, tokens: int, length: int, loss: float) -> dict[str, Any]:

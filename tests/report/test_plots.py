@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from minimax_train.report.canvas import fit, png, smooth, window_for
+from minimax_train.report.gradient_plot import gradient_plot
 from minimax_train.report.needle_plot import needle_plot
 from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
@@ -266,3 +267,35 @@ def test_words() -> None:
     assert [nats(value) for value in (3.4121, -0.6211, None, float("nan"))] == ["3.412", "−0.621", "not measured", "not finite"]
     assert [brief(999_999_999), brief(3_573_547_008_000)] == ["999,999,999", "3.574T"]
     assert [fit(9, "length 2,048", "2,048"), fit(4, "extend")] == ["2,048", "ext…"]
+
+
+def test_gradient_plot_shows_kinds_and_refused_steps(record: Record) -> None:
+    """A line of each kind on a logarithmic axis, a cross for each of the two refused steps, and the caption says why."""
+    plot = gradient_plot(record)
+    assert plot.figure is not None and record.gradients is not None
+    (axes,) = plot.figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert {"lightning, early", "lightning, late", "softmax", "experts", "routers", "norms", "embedding", "head", "not applied"} <= set(
+        lines
+    )
+    assert axes.get_yscale() == "log"
+    early = np.asarray(lines["lightning, early"].get_ydata())
+    assert sorted(record.training.step[np.argsort(early)[-3:]].tolist()) == [121, 122, 123]
+    crosses = np.asarray(lines["not applied"].get_xdata())
+    assert crosses.tolist() == record.training.tokens[np.isin(record.training.step, (122, 123))].tolist()
+    assert "did not apply 2 steps (step 122: gradient norm 9.1" in plot.caption
+
+
+def test_runs_without_gradient_norms_say_so(make_run: MakeRun, synthetic: Any) -> None:
+    lines = [{key: value for key, value in line.items() if key not in ("grad_norms", "refused")} for line in synthetic.metrics()]
+    plot = gradient_plot(read_record(make_run(lines=lines)))
+    assert plot.figure is None
+    assert "no line" in plot.absent
+
+
+@pytest.mark.parametrize("change", [{"grad_norms": 3}, {"grad_norms": {"softmax": -1}}, {"refused": "because"}, {"refused": {}}])
+def test_gradient_figures_that_are_none(make_run: MakeRun, synthetic: Any, change: dict[str, Any]) -> None:
+    lines = synthetic.metrics()
+    lines[5] |= change
+    with pytest.raises(ValueError, match="'grad_norms' must hold a norm by kind"):
+        read_record(make_run(lines=lines))
