@@ -108,7 +108,8 @@ def test_every_parameter_is_on_one_rank(corpus: Path) -> None:
     from minimax_train.model.count import count_parameters
 
     found = run_ranks(2, stages, corpus, Layout(pipeline=2, virtual_pipeline=2))
-    cut = little_plan(corpus, model=hybrid(), layout=Layout(pipeline=2, virtual_pipeline=2)).cut
+    layout = Layout(pipeline=2, virtual_pipeline=2)
+    cut = little_plan(corpus, model=hybrid(), layout=layout).cut(layout)
     for names, rank, _ in found:
         for chunk, layers in zip(names, cut.held(rank), strict=True):
             assert {int(name.split(".")[1]) for name in chunk if name.startswith("blocks.")} == set(layers)
