@@ -10,7 +10,6 @@ from minimax_train.checkpoint.shelf import checkpoints_in
 from minimax_train.engine.session import Session
 from minimax_train.plan import Plan
 from minimax_train.train.folder import RunFolder
-from minimax_train.train.loop import train
 from parallel.layout import Layout
 
 OpenSession = Callable[[Layout, int], AbstractContextManager[Session]]
@@ -24,6 +23,8 @@ def train_legs(plan: Plan, run: Path, open_session: OpenSession, begin: int, *, 
     guess = begin
     for number in count():
         with open_session(plan.layout_of(guess), number) as session:
+            from minimax_train.train.loop import train  # in a session, which keeps what megatron-core says at import to itself
+
             progress = train(plan, run, session, through=last, profile=profile and number == 0)
         if progress.stage > last or progress.step >= plan.total_steps:
             return progress
