@@ -5,6 +5,7 @@ forced to the disk -> one rename. A folder is never written twice.
 """
 
 import contextlib
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -56,3 +57,17 @@ def remove_leftovers(parent: Path) -> list[Path]:
     for path in leftovers:
         abandon(path)
     return leftovers
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data.commit import sync
+from minimax_train.checkpoint.commit import replace_text
 from minimax_train.checkpoint.manifest import NAME as MANIFEST
 from minimax_train.checkpoint.manifest import checksum
 from minimax_train.convert import carried
@@ -23,7 +24,7 @@ from minimax_train.convert.shards import SHARD_BYTES, plan_shards, shard_name
 from minimax_train.convert.source import INDEX, some
 from minimax_train.convert.stored import StoredModel
 from minimax_train.convert.table import table
-from minimax_train.convert.work import FinishedElsewhereError, Job, Work, conversion, refuse_existing, write_whole
+from minimax_train.convert.work import FinishedElsewhereError, Job, Work, conversion, refuse_existing
 from minimax_train.plan import Precision
 
 
@@ -80,8 +81,8 @@ def to_hf(
                     sync(result / "tokenizer.json")
                 if len(runs) > 1:
                     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
-                    write_whole(result / INDEX, json.dumps(index, indent=2) + "\n")
-                write_whole(result / carried.CONFIG, json.dumps(config, indent=2) + "\n")
+                    replace_text(result / INDEX, json.dumps(index, indent=2) + "\n")
+                replace_text(result / carried.CONFIG, json.dumps(config, indent=2) + "\n")
 
             work.finish(complete)
     except FinishedElsewhereError:

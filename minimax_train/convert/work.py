@@ -24,7 +24,7 @@ from typing import Any
 from data.commit import sync
 from data.progress import Progress
 from data.workers import each
-from minimax_train.checkpoint.commit import TEMPORARY
+from minimax_train.checkpoint.commit import TEMPORARY, replace_text
 
 LOOK_AGAIN = 0.5
 """Seconds between looks at what other processes are doing."""
@@ -65,12 +65,12 @@ class Work:
                 if self.target.exists():
                     self.remove()
                     raise FinishedElsewhereError
-                if self._join(identity, needed):
-                    return
+                self._join(identity, needed)
+                return
             # another process removed the folder between two of these lines: once more
 
-    def _join(self, identity: dict[str, Any], needed: int) -> bool:
-        """With the lock held: whether the folder is this conversion's now. False where the lock was of a folder that is gone."""
+    def _join(self, identity: dict[str, Any], needed: int) -> None:
+        """With the lock held: the folder is this conversion's on return. FileNotFoundError where the lock was of a folder that is gone."""
         note = self.folder / "identity.json"
         if note.exists():
             began = json.loads(note.read_text())
@@ -81,7 +81,7 @@ class Work:
                     f"{self.folder} is an unfinished conversion that differs in {', '.join(different)}: finish that one, remove the "
                     "folder, or choose another --to"
                 )
-            return True
+            return
         for part in ("done", "result"):  # of a folder that has no identity nothing is believed
             shutil.rmtree(self.folder / part, ignore_errors=True)
             (self.folder / part).mkdir()
@@ -90,8 +90,7 @@ class Work:
             self.remove()
             raise OSError(f"{self.target} needs {needed / 1e9:,.2f} GB, {free / 1e9:,.2f} GB are free there: nothing was written")
         self.token = uuid.uuid4().hex
-        write_whole(note, json.dumps({**identity, "token": self.token}))
-        return True
+        replace_text(note, json.dumps({**identity, "token": self.token}))
 
     def do(self, jobs: Sequence[Job], label: str, *, workers: int, quiet: bool = False) -> dict[str, dict[str, Any]]:
         """What every job returned, by its name, in their order; each is done once, here or by whoever else works in the folder."""
@@ -125,7 +124,7 @@ class Work:
                     if job.file is not None:
                         sync(job.file.parent)  # the name is on the disk before anybody is told
                     self._check()
-                    write_whole(self.folder / "done" / f"{job.name}.json", json.dumps(result))
+                    replace_text(self.folder / "done" / f"{job.name}.json", json.dumps(result))
                 return result
         except FileNotFoundError:
             self._check()
@@ -220,15 +219,3 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a small file whole, on the disk, or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -8,6 +8,7 @@ from pathlib import Path
 from data.needles import Words, english
 from data.retrieval import vocabulary_of
 from data.tokenizer import Tokenizer
+from minimax_train.checkpoint.commit import replace_text
 from minimax_train.checkpoint.record import Record
 from minimax_train.checkpoint.shelf import resolve, verified_record
 from minimax_train.engine.session import Session
@@ -18,7 +19,6 @@ from minimax_train.evaluate.tokenizer import find_tokenizer
 from minimax_train.report.canvas import png
 from minimax_train.report.needle_plot import needle_plot
 from minimax_train.report.needles import read_needles
-from minimax_train.train.folder import replace_text
 from parallel.collectives import first_does
 from parallel.heads import check_heads
 from parallel.layout import Layout

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from data.dataset import TokenDataset
+from minimax_train.checkpoint.commit import replace_text
 from minimax_train.checkpoint.shelf import folder_of
 from minimax_train.engine.session import Session
 from minimax_train.evaluate.logits import load_decoder
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.row import Row
 from minimax_train.plan import Plan, Stage
-from minimax_train.train.folder import RunFolder, replace_text
+from minimax_train.train.folder import RunFolder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from minimax_train.checkpoint.commit import replace_text
 from minimax_train.plan import Plan
 from minimax_train.recipe import as_plan, as_tree, as_yaml, differences
 
@@ -71,20 +71,6 @@ def _what_stays(plan: Plan) -> dict[str, Any]:
     tree["data"] = {name: value for name, value in tree["data"].items() if name != "workers"}
     tree["stages"] = [{name: value for name, value in stage.items() if name not in ("recompute", "layout")} for stage in tree["stages"]]
     return tree
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

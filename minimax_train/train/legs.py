@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from itertools import count
 from pathlib import Path
 
 from minimax_train.checkpoint.record import Progress, read_record
@@ -20,16 +19,15 @@ def train_legs(plan: Plan, run: Path, open_session: OpenSession, begin: int, *, 
     """Runs the plan's stages (or only the one named, whose turn it must be), and returns where the run stands. All ranks call it with the
     same `begin`, the stage that is probably next: a wrong guess costs the making of a session."""
     last = len(plan.stages) - 1 if only is None else _number(plan, only)
-    guess = begin
-    for number in count():
+    guess, number = begin, 0
+    while True:
         with open_session(plan.layout_of(guess), number) as session:
             from minimax_train.train.loop import train  # in a session, which keeps what megatron-core says at import to itself
 
             progress = train(plan, run, session, through=last, profile=profile and number == 0)
         if progress.stage > last or progress.step >= plan.total_steps:
             return progress
-        guess = progress.stage
-    raise AssertionError("never")
+        guess, number = progress.stage, number + 1
 
 
 def next_stage(run: Path) -> int:

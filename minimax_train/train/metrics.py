@@ -10,8 +10,9 @@ from typing import Any, TextIO
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from minimax_train.checkpoint.commit import replace_text
 from minimax_train.engine.routing_report import RoutingReport
-from minimax_train.train.folder import RunFolder, replace_text
+from minimax_train.train.folder import RunFolder
 
 SHOWN = {"loss": "loss", "validation_loss": "validation", "lr": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
 
