@@ -104,10 +104,13 @@ class Guard:
     least: int = 64
     """Steps of a stage before which nothing is an outlier: norms fall while the rate warms up."""
     most: int = 3
-    """Refused steps in a row that the run bears; one more stops it. Ours."""
+    """Refused steps in a row that the run bears; at one more it goes back to its last checkpoint. Ours."""
+    rewinds: int = 2
+    """Times in a stage that it goes back, leaving out the rows it has read since the checkpoint (PaLM's remedy, arXiv 2204.02311 section
+    5.1); then it stops. Ours."""
 
     def __post_init__(self) -> None:
-        at_least("guard", self, window=2, least=2, most=0)
+        at_least("guard", self, window=2, least=2, most=0, rewinds=0)
         if self.sigmas is not None:
             at_least("guard", self, sigmas=1)
         if self.least > self.window:

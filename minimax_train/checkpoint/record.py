@@ -34,6 +34,8 @@ class Progress:
     """Gradient norms of the stage's last steps that were applied, for the guard."""
     refused: int = 0
     """Steps in a row, the last ones, that the guard did not apply."""
+    rewinds: int = 0
+    """Times that the run went back to a checkpoint in this stage."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,9 +40,9 @@ def describe(passed: dict[Path, str]) -> str:
     return "; ".join(f"{checkpoint}: {wrong}" for checkpoint, wrong in passed.items())
 
 
-def set_aside(checkpoint: Path) -> Path:
-    """Renames a damaged checkpoint to `damaged-...`: its steps will be redone under its name, and nothing is lost."""
-    place = checkpoint.with_name(f"damaged-{checkpoint.name}-{uuid.uuid4().hex[:8]}")
+def set_aside(checkpoint: Path, why: str = "damaged") -> Path:
+    """Renames a checkpoint to `damaged-...` (or `why`-...): its steps will be redone under its name, and nothing is lost."""
+    place = checkpoint.with_name(f"{why}-{checkpoint.name}-{uuid.uuid4().hex[:8]}")
     return checkpoint.rename(place)
 
 

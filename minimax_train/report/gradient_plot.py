@@ -43,6 +43,10 @@ def gradient_plot(record: Record) -> Plot:
     refused = (
         f"The guard did not apply {len(gradients.refused)} steps ({reasons}{more})." if gradients.refused else "Every step was applied."
     )
+    if gradients.rewound:
+        for line, _ in gradients.rewound:
+            axes.axvline(record.training.tokens[line], color=VERMILION, linewidth=1, linestyle=":")
+        refused += f" The run {'; '.join(said for _, said in gradients.rewound)} (dotted). The rows read in between were left out."
     ends = ", ".join(f"{kind} {norm:.3g}" for kind, norm in zip(gradients.kinds, gradients.norms[-1], strict=True))
     return Plot(
         name="gradients",

@@ -2,7 +2,7 @@
 
 A norm is far out above mean + `sigmas` standard deviations of the last `window` norms that were applied in the stage (OLMo-core's rule, 6
 over 128) and above twice their mean (ours: a flat stretch has next to no deviation). Until `least` norms are known, only what is no number
-is refused.
+is refused. After `most` refused steps in a row the loop goes back to a checkpoint: see rewind.py.
 """
 
 import math

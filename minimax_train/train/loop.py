@@ -27,6 +27,7 @@ from minimax_train.train.guard import Watch
 from minimax_train.train.metrics import Metrics, routing_figures
 from minimax_train.train.peak import peak_flops
 from minimax_train.train.resume import Opening, open_data, open_run, restore
+from minimax_train.train.rewind import Rewind, rewind
 from minimax_train.train.rows import to_row
 from minimax_train.train.schedule import learning_rate
 from minimax_train.train.stage_rows import stage_sampler
@@ -87,6 +88,8 @@ class _Run:
         flops, source = peak_flops(session.device, dtype)
         self.peak = _Peak(flops=None if flops is None else flops * session.groups.size, source=source)
         self.metrics: Metrics | None = None
+        self.rewound: dict[str, Any] | None = None
+        """What is said of going back, on the line of the next step."""
         if session.is_first:
             self.folder.write_facts(self._facts())
             self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
@@ -116,16 +119,18 @@ class _Run:
         with stage_sampler(
             self.plan, self.progress.stage, self.data.sources, self.progress.sources, rank=data.rank(), ranks=data.size()
         ) as sampler:
-            for step in range(self.progress.stage_step, stage.steps):
-                if self.progress.step >= self.plan.total_steps:
-                    return
-                self._step(stage, step, sampler)
+            number = self.progress.stage
+            while self.progress.stage == number and self.progress.step < self.plan.total_steps:
+                self._step(stage, sampler)
                 tick()
-                self._after_step(stage, ended=step + 1 == stage.steps)
+                if self.progress.refused > self.plan.guard.most:
+                    self._go_back()
+                else:
+                    self._after_step(stage)
 
-    def _step(self, stage: Stage, step: int, sampler: Sampler) -> None:
+    def _step(self, stage: Stage, sampler: Sampler) -> None:
         """One optimizer step, and its line."""
-        begin = time.perf_counter()
+        begin, step = time.perf_counter(), self.progress.stage_step
         before, size = sampler.bookmarks, stage.batch_at(step)
         rows = [to_row(next(sampler).row, self.session) for _ in range(size // stage.length // self.session.groups.data.size())]
         rate = learning_rate(stage, step)
@@ -144,6 +149,8 @@ class _Run:
         figures = {"lr": rate, "batch_tokens": size, **self._data_figures(size, before, after)}
         if report.refusal is not None:  # with where its rows came from: to look at, or to leave out
             figures["refused"] = {"reason": report.refusal, "rows": {name: asdict(bookmark) for name, bookmark in before.items()}}
+        if self.rewound is not None:
+            figures["rewound"], self.rewound = self.rewound, None
         self._write_step(stage, report, size, time.perf_counter() - begin, figures)
 
     def _data_figures(self, size: int, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
@@ -156,15 +163,38 @@ class _Run:
             "epochs": {name: bookmark.tokens / self.data.sources[name].token_count for name, bookmark in after.items()},
         }
 
-    def _after_step(self, stage: Stage, *, ended: bool) -> None:
+    def _go_back(self) -> None:
+        """After too many refused steps: weights and moments of the last checkpoint before them; the rows since then are left out."""
+        stopped, went_back, most = self.progress.step, self.progress.rewinds, self.plan.guard.rewinds
+        reason = f"{self.progress.refused} steps in a row were not applied, more than guard.most"
+        back: Rewind | None = None
+        if went_back < most:
+            back = first_does(lambda: rewind(self.folder.checkpoints, self.progress), self.session.groups.world)
+        if back is None:
+            spent = f"guard.rewinds allows {most} returns to a checkpoint in a stage, and it made {went_back}"
+            why = spent if went_back >= most else "the stage has no intact checkpoint before them"
+            raise FloatingPointError(
+                f"step {stopped}: {reason}, and {why}. Look at `refused` in metrics.jsonl, then go on from the last "
+                "checkpoint with a lower learning rate or other data"
+            )
+        self.trainer.settle()
+        restore(self.trainer, Opening(checkpoint=back.checkpoint, record=back.record, resumed=True, notes=[]), self.plan)
+        self.progress, self.rewound = back.progress, back.figures(stopped=stopped, reason=reason)
+        if self.metrics is not None:
+            kept = self.metrics.go_back(back.progress.step, back.progress.rewinds)
+            self.metrics.say(
+                f"step {stopped}: {reason}: going back to {back.checkpoint} without the rows read since then; what was measured is in {kept}"
+            )
+
+    def _after_step(self, stage: Stage) -> None:
         """Validation and checkpoint where they are due; at a stage's end the next one's turn comes."""
-        step = self.progress.step
+        step, ended = self.progress.step, self.progress.stage_step == stage.steps
         last = step == self.plan.total_steps
         if ended or last or step % self.plan.validation.every_steps == 0:
             self._validate(stage)
         if ended:
             sources = {name: bookmark.next_stage() for name, bookmark in self.progress.sources.items()}
-            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=())
+            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=(), refused=0, rewinds=0)
         if ended or last or step % self.plan.checkpoints.every_steps == 0:
             self._save(stage, ended=ended)
 
@@ -229,12 +259,6 @@ class _Run:
             self.metrics.write(self._where(stage) | figures)
         if report.refusal is not None and self.metrics is not None:
             self.metrics.say(f"step {self.progress.step} was not applied: {report.refusal}")
-        if self.progress.refused > self.plan.guard.most:
-            raise FloatingPointError(
-                f"step {self.progress.step}: loss {report.loss}, {report.refusal}; not applied, like the {self.progress.refused - 1} steps "
-                "before it: more than guard.most in a row. Look at `refused` in metrics.jsonl, then go on from the last checkpoint with a "
-                "lower learning rate or other data"
-            )
 
     def _facts(self) -> dict[str, Any]:
         """What ran where, for the log and the report."""

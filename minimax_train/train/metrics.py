@@ -46,12 +46,16 @@ class Metrics:
 
     def __init__(self, folder: RunFolder, *, step: int, total_steps: int, out: TextIO = sys.stderr) -> None:
         """Goes on after `step`: lines of later steps, left by a run that was killed, are redone and therefore dropped."""
-        kept = [line for line in read_metrics(folder.metrics) if line["step"] <= step]
-        replace_text(folder.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = folder.metrics.open("a")
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
-        self._out, self._last = out, 0.0
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", file=out, disable=None, dynamic_ncols=True)
+        self._folder, self._total, self._out, self._last = folder, total_steps, out, 0.0
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        lines = read_metrics(self._folder.metrics)
+        kept = [line for line in lines if line["step"] <= step]
+        replace_text(self._folder.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._folder.metrics.open("a")
+        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
+        self._bar = tqdm(total=self._total, initial=step, unit="step", file=self._out, disable=None, dynamic_ncols=True)
         self.validated = {line["step"] for line in kept if "validation_loss" in line}
         """Steps already scored."""
 
@@ -76,6 +80,15 @@ class Metrics:
         elif not advance or time.monotonic() - self._last > 2.0:
             self._last = time.monotonic()
             self.say(f"step {figures['step']} of {self._bar.total}, stage {figures['stage']}: {text}")
+
+    def go_back(self, step: int, number: int) -> Path:
+        """Goes on after an earlier `step`: the lines of later steps move to the file returned, in the run's logs."""
+        self.close()
+        gone = [line for line in read_metrics(self._folder.metrics) if line["step"] > step]
+        place = self._folder.logs / f"rewound-{number}-to-step-{step:08d}.jsonl"
+        replace_text(place, "".join(json.dumps(line) + "\n" for line in gone))
+        self._open(step)
+        return place
 
     def say(self, line: str) -> None:
         """A line that does not disturb the bar."""

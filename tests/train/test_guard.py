@@ -108,7 +108,8 @@ def lines(run: Path) -> list[dict[str, object]]:
 
 
 def guarded(corpus: Path, **changes: object) -> Plan:
-    return little_plan(corpus, guard=Guard(window=4, least=3, most=2), checkpoints=Checkpoints(every_steps=1, keep=20), **changes)
+    guard = Guard(window=4, least=3, most=2, rewinds=0)
+    return little_plan(corpus, **{"guard": guard, "checkpoints": Checkpoints(every_steps=1, keep=20), **changes})
 
 
 @pytest.mark.parametrize("factor", [float("nan"), 1e4])
@@ -135,7 +136,7 @@ def test_a_run_goes_on_over_a_bad_batch(
 def test_a_run_stops_where_it_cannot_go_on(corpus: Path, alone: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """guard.most refused steps in a row are borne, one more is not, also when the run was stopped and resumed in between."""
     spoil(monkeypatch, {1, 2, 3}, float("nan"))
-    with pytest.raises(FloatingPointError, match="step 4: .* like the 2 steps before it: more than guard.most"):
+    with pytest.raises(FloatingPointError, match="step 4: 3 steps in a row .* guard.rewinds allows 0"):
         train(guarded(corpus), tmp_path / "run", alone)
     monkeypatch.undo()
     train(guarded(corpus, steps=1), tmp_path / "parts", alone)
