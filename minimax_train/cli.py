@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     trained.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder")
     trained.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
     trained.add_argument("--stage", metavar="NAME", help="this stage only, whose turn it must be; without, all that are left")
+    about = "change one field of a run that was begun, from its next step on; it stays so, and is noted in RUN/overrides.jsonl"
+    trained.add_argument("--override", metavar="a.b=c", action="append", default=[], dest="overrides", help=about)
     trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
     _add_data(add, group("data", "Token files: prepare, inspect, verify, adopt."))
     _add_convert(add, group("convert", "Hugging Face checkpoints: from-hf, to-hf, plan, verify."))
@@ -238,9 +240,10 @@ def _count(a: argparse.Namespace) -> int:
 
 def _train(a: argparse.Namespace) -> int:
     from minimax_train.recipe import load_plan
+    from minimax_train.train.override import recorded  # once torch is there, which the plan needs anyway
     from parallel.world import run_local
 
-    plan = load_plan(a.recipe, a.settings)
+    plan = load_plan(a.recipe, [*a.settings, *recorded(a.to / "overrides.jsonl"), *a.overrides])
     place, ranks = _ranks(a.ranks)
     plan.check_ranks(ranks)
     _check_device(plan)
@@ -249,9 +252,9 @@ def _train(a: argparse.Namespace) -> int:
 
         check_turn(plan, a.to, a.stage)
     if place is not None:
-        return _train_rank(place, plan, a.to, a.profile, a.stage)
+        return _train_rank(place, plan, a.to, a.profile, a.stage, a.overrides)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks meet on the loopback, whatever the host is called
-    return run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile, a.stage)
+    return run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile, a.stage, a.overrides)
 
 
 def _ranks(asked: int | None) -> tuple[Any, int]:
@@ -274,7 +277,7 @@ def _check_device(plan: "Plan") -> None:
         raise ValueError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu to run on the CPU")
 
 
-def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool, only: str | None) -> int:
+def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool, only: str | None, overrides: Sequence[str]) -> int:
     from minimax_train.engine.session import session
     from parallel.world import meet, told_by_first
 
@@ -286,7 +289,7 @@ def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool, only: str | 
     from minimax_train.train.legs import next_stage, train_legs
 
     begin = told_by_first(store, place, "next stage", lambda: next_stage(run))
-    train_legs(plan, run, open_session, begin, only=only, profile=profile)
+    train_legs(plan, run, open_session, begin, only=only, profile=profile, overrides=overrides)
     return 0
 
 

@@ -19,6 +19,7 @@ from parallel.layout import Layout
 __all__ = [
     "Batch",
     "Checkpoints",
+    "CriticalBatch",
     "Data",
     "LearningRate",
     "Mixture",
@@ -92,6 +93,28 @@ class Validation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CriticalBatch:
+    """The batch beyond which more tokens a step no longer save steps, as a power of the loss: tokens_at_one * loss^-power.
+
+    A rule that speaks and changes nothing: every validation says what it asks for. MiniMax-01 doubled its batch by such a fit, at losses of
+    2.22, 1.98, 1.77 and 1.58 (arXiv 2501.08313, figure 13).
+    """
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    tokens_at_one: float
+    """At a loss of 1 nat per token."""
+    power: float
+
+    def __post_init__(self) -> None:
+        at_least("critical_batch", self, tokens_at_one=1, power=0)
+
+    def tokens(self, loss: float) -> float:
+        """At this loss, which is above 0."""
+        return self.tokens_at_one * float(loss**-self.power)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Guard:
     """Which steps are not applied: see train/guard.py."""
 
@@ -143,6 +166,7 @@ class Plan:
     """Of every stage that has none of its own."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     guard: Guard = field(default_factory=Guard)
+    critical_batch: CriticalBatch | None = None
     start: Start = field(default_factory=Start)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     validation: Validation = field(default_factory=Validation)

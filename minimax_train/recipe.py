@@ -63,10 +63,12 @@ def as_tree(plan: Plan) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any], path: str = "") -> list[str]:
-    """Every leaf in which two trees differ, as `path: theirs -> ours`."""
+    """Every leaf in which two trees differ, as `path: theirs -> ours`; a list is a leaf where its length differs, or its items are."""
     lines = []
     for key in dict.fromkeys([*theirs, *ours]):
         one, other, name = ours.get(key), theirs.get(key), f"{path}{key}"
+        if isinstance(one, list) and isinstance(other, list) and len(one) == len(other) and one and isinstance(one[0], dict):
+            one, other = (dict(zip(map(str, range(len(items))), items, strict=True)) for items in (one, other))
         if isinstance(one, dict) and isinstance(other, dict):
             lines += differences(one, other, name + ".")
         elif one != other:

@@ -6,7 +6,7 @@ files.
 """
 
 from minimax_train.model.config import text01
-from minimax_train.plan import Batch, Data, LearningRate, Mixture, Plan, Plateau, Source, Stage, Start
+from minimax_train.plan import Batch, CriticalBatch, Data, LearningRate, Mixture, Plan, Plateau, Source, Stage, Start
 from parallel.layout import Layout
 
 K, M, B, T = 2**10, 2**20, 10**9, 10**12  # lengths and batches in powers of two (ours), corpora in powers of ten
@@ -42,6 +42,7 @@ def pretrain() -> Plan:
         model=text01(),
         data=Data(train=CORPUS, validation=VALIDATION),
         layout=AT_8K,
+        critical_batch=CriticalBatch(tokens_at_one=2.1e9, power=6.12),  # our fit to the four doublings of figure 13
         stages=(
             Stage(
                 name="8K",

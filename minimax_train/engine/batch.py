@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minimax_train.engine.routing_report import RoutingReport
 from minimax_train.engine.stage import bare
+from minimax_train.engine.tally import BUCKETS, FIGURES, Tally
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.row import Row
 from parallel.collectives import all_sum
@@ -34,6 +35,8 @@ class Report:
     """Sum over this rank's predicted tokens, fp64; of the chunk that has the head alone. Tensor-parallel ranks have the same."""
     predicted: Tensor | None
     row: Row
+    tally: Tally
+    """Losses by length of document where the chunk has the head; and, once backward is through, gradients where it has the embedding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,8 @@ class Totals:
     """The busiest context rank's softmax attention over the mean rank's, mean over rows."""
     routing: RoutingReport
     """Of every layer."""
+    tally: Tensor
+    """`[sources, BUCKETS, FIGURES]` fp64 on the host: tally.py's sums, for its `by_source` and `by_length`."""
 
 
 def run_batch(
@@ -102,8 +107,11 @@ def _forward_step(
     weight: float | Tensor = row.predicted
     if unit is not None:
         weight = all_sum(torch.tensor(row.predicted, device=row.tokens.device), unit)
-    output, routings = chunk(row, coefficient * weight)
+    tally = Tally(row)
+    output, routings = chunk(row, coefficient * weight, tally)
     predicted = (row.labels >= 0).sum() if decoder.is_last and row.labels is not None else None  # on this rank
+    if decoder.is_last and row.labels is not None:
+        tally.losses(output, row.labels)
     reports[id(chunk)].append(
         Report(
             layers=decoder.layers,
@@ -112,6 +120,7 @@ def _forward_step(
             loss=None if predicted is None else output.detach().double().sum(),
             predicted=predicted,
             row=row,
+            tally=tally,
         )
     )
     if predicted is None:
@@ -119,7 +128,7 @@ def _forward_step(
     return output.sum(), lambda total: (total, predicted.to(torch.int), {})
 
 
-def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device: torch.device) -> Totals:
+def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device: torch.device, sources: int = 1) -> Totals:
     """Sums over rows, chunks and ranks: one small collective, in which every figure is counted once.
 
     Each rank of a row has a share of the auxiliary loss, and tokens of its own that it routes; tensor-parallel ranks have the same losses;
@@ -128,14 +137,17 @@ def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device
     ours, rows_ours = float(groups.tensor.rank() == 0), float(groups.tensor_context.rank() == 0)
     sums = torch.zeros(6, dtype=torch.float64, device=device)
     routing = torch.zeros(config.num_layers, config.num_experts + 2, dtype=torch.float64, device=device)
+    tally = torch.zeros(sources, BUCKETS, FIGURES, dtype=torch.float64, device=device)
+    counted = tally.new_tensor([ours, ours, 1, 1])  # tensor-parallel ranks have the same losses, and embed tokens of their own
     for report in reports:
         routing[report.layers.start : report.layers.stop] += report.routing
         sums[2] += report.auxiliary
+        tally[report.row.source] += report.tally.sums * counted
         if report.loss is not None and report.predicted is not None:
             pieces = report.row.pieces
             sums[:2] += torch.stack([report.loss, report.predicted.double()]) * ours
             sums[3:] += sums.new_tensor([pieces.squares, 1, pieces.imbalance()]) * rows_ours
-    everything = all_sum(torch.cat([sums, routing.flatten()]), groups.world).cpu()
+    everything = all_sum(torch.cat([sums, routing.flatten(), tally.flatten()]), groups.world).cpu()
     loss, predicted, auxiliary, squares, rows, imbalance = everything[:6].tolist()
     return Totals(
         loss=loss / max(predicted, 1.0),
@@ -143,5 +155,6 @@ def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device
         squares=int(squares),
         auxiliary_loss=auxiliary / rows / config.num_layers,
         imbalance=imbalance / rows,
-        routing=RoutingReport.of(everything[6:].view(routing.shape), config.experts_per_token),
+        routing=RoutingReport.of(everything[6 : 6 + routing.numel()].view(routing.shape), config.experts_per_token),
+        tally=everything[6 + routing.numel() :].view(tally.shape),
     )

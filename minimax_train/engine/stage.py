@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minimax_train.engine.parts import MegatronParts, transformer_config
 from minimax_train.engine.session import Session
+from minimax_train.engine.tally import Tally
 from minimax_train.kernels.choice import best_backends
 from minimax_train.kernels.grouped_linear import Asked
 from minimax_train.model.config import ModelConfig
@@ -42,10 +43,11 @@ class _AlsoDescend(torch.autograd.Function):
 class PipelineStage(MegatronModule):
     """A Decoder with the attributes the schedules, DDP and the optimizer ask of a chunk of a pipeline rank's layers."""
 
-    def __init__(self, config: TransformerConfig, decoder: Decoder, chunk: int = 0) -> None:
-        """`chunk`: which of this rank's."""
+    def __init__(self, config: TransformerConfig, decoder: Decoder, *, chunk: int, tensor_rank: int) -> None:
+        """`chunk`: which of this rank's; `tensor_rank`: the rank in its tensor-parallel group."""
         super().__init__(config)
         self.network = decoder  # megatron-core expects layers of its own in an attribute called `decoder`
+        self.tensor_rank = tensor_rank
         self.pre_process, self.post_process = decoder.is_first, decoder.is_last
         self.vp_stage = chunk if config.virtual_pipeline_model_parallel_size is not None else None
         self.share_embeddings_and_output_weights = False
@@ -56,13 +58,15 @@ class PipelineStage(MegatronModule):
         """What the previous stage sent, `[T, 1, hidden]`; the first one gets nothing."""
         (self.received,) = x
 
-    def forward(self, row: Row, auxiliary_weight: float | Tensor) -> tuple[Tensor, list[Routing]]:
+    def forward(self, row: Row, auxiliary_weight: float | Tensor, tally: Tally) -> tuple[Tensor, list[Routing]]:
         """On the last stage losses `[T]`, on others what the next one gets, `[T, 1, hidden]`; and the routing of these layers.
 
-        Each layer's auxiliary loss, `auxiliary_weight` times, joins what training descends.
+        Each layer's auxiliary loss, `auxiliary_weight` times, joins what training descends. The first stage shows `tally` what it
+        embeds.
         """
         decoder, received, self.received = self.network, self.received, None
-        x, routings = decoder.hidden(decoder.embedding(row.tokens) if received is None else received[:, 0], row)
+        x = received[:, 0] if received is not None else tally.embedded(decoder.embedding(row.tokens), self.tensor_rank)
+        x, routings = decoder.hidden(x, row)
         auxiliary: Tensor = auxiliary_weight * torch.stack([r.auxiliary_loss for r in routings]).sum()
         sent: Tensor = _AlsoDescend.apply(x, auxiliary)
         if not decoder.is_last:
@@ -111,7 +115,7 @@ def build_stages(
         decoder = Decoder(config, parts, layers=layers, fp32_head=fp32_head, rope_base=rope_base)
         if seed is not None:
             initialise(decoder, config, seed)
-        stages.append(PipelineStage(megatron, decoder, chunk))
+        stages.append(PipelineStage(megatron, decoder, chunk=chunk, tensor_rank=session.groups.tensor.rank()))
     return stages
 
 

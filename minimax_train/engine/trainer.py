@@ -95,7 +95,7 @@ class Trainer:
         """Gradients of a batch, as the optimizer takes them: per predicted token, summed over all ranks."""
         unit = self.session.groups.data if self.plan.router.unit == "data" else None
         reports = run_batch(self.chunks, rows, coefficient=self.plan.auxiliary_loss, unit=unit, forward_only=False)
-        return total(reports, self.plan.model, self.session.groups, self.session.device)
+        return total(reports, self.plan.model, self.session.groups, self.session.device, len(self.plan.data.by_name))
 
     @torch.no_grad()
     def score(self, rows: list[Row], counted: int) -> Totals:

@@ -28,6 +28,8 @@ class Row:
     """`[T]` int64: the token that follows inside the document, or -100 where none does."""
     predicted: int = 0
     """Labels of the whole row that are not -100."""
+    source: int = 0
+    """Number of the source that gave it, of the plan's."""
 
     @classmethod
     def of_documents(cls, documents: list[Tensor]) -> "Row":

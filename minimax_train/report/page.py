@@ -14,6 +14,7 @@ from minimax_train.report import words
 from minimax_train.report.canvas import png
 from minimax_train.report.gradient_plot import gradient_plot
 from minimax_train.report.needle_plot import needle_plot
+from minimax_train.report.parts_plot import parts_plot
 from minimax_train.report.plots import Plot, expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
@@ -50,6 +51,7 @@ def write_report(run: Path) -> Path:
         expert_plot(record),
         router_plot(record),
         source_plot(record),
+        parts_plot(record),
         throughput_plot(record, summary),
         optimizer_plot(record),
         gradient_plot(record),

@@ -13,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 
 from minimax_train.report.gradients import Gradients, collect_gradients, read_gradients
 from minimax_train.report.needles import NeedleMaps, read_needles
+from minimax_train.report.parts import Parts, collect_parts, read_parts
 from minimax_train.report.positions import PositionLosses, read_positions
 from minimax_train.report.routers import Routers, collect_routers, read_router
 from minimax_train.report.sources import Sources, collect_sources, read_sources
@@ -61,7 +62,7 @@ class Validation:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """All a report needs. `routers`, `sources`, `gradients`, `positions`, `needles` and `facts` are None where there is nothing of them."""
+    """All a report needs; what may be None is where the run has nothing of it."""
 
     name: str
     directory: str
@@ -72,6 +73,7 @@ class Record:
     routers: Routers | None
     sources: Sources | None
     gradients: Gradients | None
+    parts: Parts | None
     positions: tuple[PositionLosses, ...] | None
     needles: NeedleMaps | None
     facts: Mapping[str, Any] | None
@@ -103,6 +105,7 @@ def read_record(run: Path) -> Record:
     plan_text = (run / "plan.yaml").read_text(encoding="utf-8")
     name, stages = _read_plan(plan_text, run / "plan.yaml")
     lines, remarks = _read_lines(run / "metrics.jsonl", {stage.name: i for i, stage in enumerate(stages)})
+    remarks += _overrides(run / "overrides.jsonl")
     facts = read_json(run / "run.json")
     if facts is not None and not isinstance(facts, dict):
         raise ValueError(f"{run / 'run.json'} holds {type(facts).__name__}: it must be one object of facts")
@@ -116,6 +119,7 @@ def read_record(run: Path) -> Record:
         routers=collect_routers([line.get("router") for line in lines if "loss" in line]),
         sources=collect_sources([line.get("sources") for line in lines if "loss" in line]),
         gradients=collect_gradients([line.get("gradients") for line in lines if "loss" in line]),
+        parts=collect_parts([line.get("parts") for line in lines if "loss" in line]),
         positions=read_positions(read_json(run / "evaluation" / "positions.json"), run / "evaluation" / "positions.json"),
         needles=read_needles(read_json(run / "evaluation" / "needle.json"), run / "evaluation" / "needle.json"),
         facts=facts,
@@ -131,6 +135,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): write it again, or delete it to report without it") from error
+
+
+def _overrides(path: Path) -> tuple[str, ...]:
+    """What was changed while the run was under way, each once."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        said = [f"After step {int(line['step']):,}: {change}, by --override." for line in lines for change in line["changes"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no list of overrides ({error}): `train --override` writes it") from error
+    return tuple(dict.fromkeys(said))
 
 
 def _read_plan(text: str, path: Path) -> tuple[str, tuple[Stage, ...]]:
@@ -206,6 +220,7 @@ def _checked(line: dict[str, Any], where: str, stage_number: Mapping[str, int]) 
     if not validation:
         checked["sources"] = read_sources(line, where)
         checked["gradients"] = read_gradients(line, where)
+        checked["parts"] = read_parts(line, where)
     if validation and line.get("expert_load"):
         try:
             checked["expert_load"] = np.array(line["expert_load"], dtype=np.float64).reshape(len(line["expert_load"]), -1)

@@ -10,8 +10,10 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from minimax_train.checkpoint.commit import replace_text
+from minimax_train.checkpoint.record import Progress
 from minimax_train.plan import Plan
 from minimax_train.recipe import as_plan, as_tree, as_yaml, differences
+from minimax_train.train import override
 
 CHANGEABLE = ("steps", "checkpoints", "validation", "layout", "name")
 
@@ -24,6 +26,7 @@ class RunFolder:
         self.plan = path / "plan.yaml"
         self.metrics = path / "metrics.jsonl"
         self.facts = path / "run.json"
+        self.overrides = path / "overrides.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.positions = path / "evaluation" / "positions.json"
@@ -42,23 +45,33 @@ class RunFolder:
         tree: dict[str, Any] = YAML(typ="safe", pure=True).load(self.plan)
         return as_plan(tree)
 
-    def adopt(self, plan: Plan) -> None:
-        """Makes the folder this plan's: a new run, or the same one going on. ValueError listing what may not change.
+    def adopt(self, plan: Plan, overrides: list[str], progress: Progress) -> list[str]:
+        """Makes the folder this plan's: a new run, or the same one going on from `progress`; returns what to say of it. ValueError listing
+        what may not change.
 
-        A run may go on with other `steps`, checkpoint and validation intervals, layout, recomputation, data workers and ranks; nothing
-        else.
+        A run may go on with other `steps`, checkpoint and validation intervals, layout, recomputation, data workers and ranks; with
+        something else only where `overrides` ask for it.
         """
+        notes: list[str] = []
         if self.plan.exists():
-            refused = differences(_what_stays(plan), _what_stays(self.load_plan()))
+            old = self.load_plan()
+            changes = differences(_what_stays(plan), _what_stays(old))
+            refused = [change for change in changes if not override.covers([*override.recorded(self.overrides), *overrides], change)]
             if refused:
                 raise ValueError(
-                    f"run {self.path} was started with another plan (its own -> yours): {'; '.join(refused)}; use a new --to for a new run"
+                    f"run {self.path} was started with another plan (its own -> yours): {'; '.join(refused)}; use a new --to for a new "
+                    "run, or --override a.b=c to change this one"
                 )
+            override.check(old, plan, changes, progress)
+            notes = override.record(self.overrides, overrides, changes, progress) if changes else []
+        elif overrides:
+            raise ValueError(f"--override changes a run that was begun, and {self.path} is none yet: use --set")
         elif self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()):
             raise ValueError(f"{self.path} exists and is not a run: choose another --to")
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.plan, as_yaml(plan))
+        return notes
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """`run.json`: what ran where."""

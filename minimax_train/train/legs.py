@@ -1,6 +1,6 @@
 """A run whose stages have different layouts: leg by leg, each in a session of its own, from the checkpoint that the one before left."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -15,7 +15,16 @@ OpenSession = Callable[[Layout, int], AbstractContextManager[Session]]
 """A session of a layout, and its number: no two of a process have the same."""
 
 
-def train_legs(plan: Plan, run: Path, open_session: OpenSession, begin: int, *, only: str | None = None, profile: bool = False) -> Progress:
+def train_legs(
+    plan: Plan,
+    run: Path,
+    open_session: OpenSession,
+    begin: int,
+    *,
+    only: str | None = None,
+    profile: bool = False,
+    overrides: Sequence[str] = (),
+) -> Progress:
     """Runs the plan's stages (or only the one named, whose turn it must be), and returns where the run stands. All ranks call it with the
     same `begin`, the stage that is probably next: a wrong guess costs the making of a session."""
     last = len(plan.stages) - 1 if only is None else _number(plan, only)
@@ -24,7 +33,7 @@ def train_legs(plan: Plan, run: Path, open_session: OpenSession, begin: int, *, 
         with open_session(plan.layout_of(guess), number) as session:
             from minimax_train.train.loop import train  # in a session, which keeps what megatron-core says at import to itself
 
-            progress = train(plan, run, session, through=last, profile=profile and number == 0)
+            progress = train(plan, run, session, through=last, profile=profile and number == 0, overrides=overrides)
         if progress.stage > last or progress.step >= plan.total_steps:
             return progress
         guess, number = progress.stage, number + 1

@@ -1,17 +1,14 @@
 """The training loop, top to bottom: open the run, go through the stages, write what happened."""
 
-import platform
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.batches import unigram_entropy
 from data.sampler import Bookmark, Sampler
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import folder_of, prune
@@ -19,13 +16,16 @@ from minimax_train.checkpoint.store import save
 from minimax_train.engine.batch import Totals
 from minimax_train.engine.session import Session
 from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
+from minimax_train.engine.tally import by_length
 from minimax_train.engine.trainer import StepReport, Trainer
-from minimax_train.model.count import count_parameters, training_flops
+from minimax_train.model.count import training_flops
 from minimax_train.plan import Plan, Stage
+from minimax_train.train.facts import facts
 from minimax_train.train.folder import RunFolder, owned
 from minimax_train.train.guard import Watch
-from minimax_train.train.metrics import Metrics, routing_figures
-from minimax_train.train.peak import peak_flops
+from minimax_train.train.metrics import Metrics, part_figures, routing_figures
+from minimax_train.train.peak import peak_of
+from minimax_train.train.profile import profiled
 from minimax_train.train.resume import Opening, open_data, open_run, restore
 from minimax_train.train.rewind import Rewind, rewind
 from minimax_train.train.rows import to_row
@@ -35,17 +35,19 @@ from minimax_train.train.validate import score, validation_rows
 from parallel.collectives import first_does
 
 
-def train(plan: Plan, run: Path, session: Session, *, through: int | None = None, profile: bool = False) -> Progress:
+def train(
+    plan: Plan, run: Path, session: Session, *, through: int | None = None, profile: bool = False, overrides: Sequence[str] = ()
+) -> Progress:
     """Runs the plan's stages in `run`, from its newest good checkpoint; returns where it stopped. All ranks call it.
 
-    It stops before a stage of another layout than the session's, and after stage number `through`.
+    It stops before a stage of another layout than the session's, and after stage number `through`. `overrides`: see override.py.
 
     ValueError on bad input, before anything is written; OSError when the disk refuses a checkpoint; FloatingPointError when the loss
     or the gradient stops being a number.
     """
     with ExitStack() as stack:
         first_does(lambda: _own(stack, run), session.groups.world)
-        opening: Opening = first_does(lambda: open_run(plan, RunFolder(run)), session.groups.world)
+        opening: Opening = first_does(lambda: open_run(plan, RunFolder(run), overrides), session.groups.world)
         if plan.layout_of(opening.progress.stage) != session.groups.layout:
             return opening.progress
         return _Run(plan, RunFolder(run), session, opening).go(len(plan.stages) - 1 if through is None else through, profile=profile)
@@ -65,14 +67,6 @@ def _remove_if_unused(run: Path) -> None:
         run.rmdir()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Peak:
-    """The machine's FLOP/s, all ranks together."""
-
-    flops: float | None
-    source: str
-
-
 class _Run:
     """One process's part in a run: the state that goes through the loop."""
 
@@ -84,14 +78,12 @@ class _Run:
         self.trainer = Trainer(plan, session)
         restore(self.trainer, opening, plan)
         self.progress = opening.progress
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        flops, source = peak_flops(session.device, dtype)
-        self.peak = _Peak(flops=None if flops is None else flops * session.groups.size, source=source)
+        self.peak = peak_of(session, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         self.metrics: Metrics | None = None
         self.rewound: dict[str, Any] | None = None
         """What is said of going back, on the line of the next step."""
         if session.is_first:
-            self.folder.write_facts(self._facts())
+            self.folder.write_facts(facts(self.trainer, self.peak, self.held_out))
             self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
             backends, uneven = self.trainer.decoders[0].backends, plan.cut(session.groups.layout).warning
             notes = [*opening.notes, f"attention backends: lightning {backends.lightning}, softmax {backends.softmax}"]
@@ -103,7 +95,7 @@ class _Run:
         with ExitStack() as stack:
             if self.metrics is not None:
                 stack.callback(self.metrics.close)
-            tick = stack.enter_context(_profiled(self.folder, self.session.place.rank, wanted=profile))
+            tick = stack.enter_context(profiled(self.folder.path, self.session.place.rank, wanted=profile))
             layout, total = self.session.groups.layout, self.plan.total_steps
             while self.progress.stage <= through and self.progress.step < total and self.plan.layout_of(self.progress.stage) == layout:
                 self._stage(self.plan.stages[self.progress.stage], tick)
@@ -132,7 +124,9 @@ class _Run:
         """One optimizer step, and its line."""
         begin, step = time.perf_counter(), self.progress.stage_step
         before, size = sampler.bookmarks, stage.batch_at(step)
-        rows = [to_row(next(sampler).row, self.session) for _ in range(size // stage.length // self.session.groups.data.size())]
+        samples = [next(sampler) for _ in range(size // stage.length // self.session.groups.data.size())]
+        names = list(self.data.sources)
+        rows = [to_row(sample.row, self.session, names.index(sample.source)) for sample in samples]
         rate = learning_rate(stage, step)
         watch, guard = Watch(norms=self.progress.norms, refused=self.progress.refused), self.plan.guard
         report = self.trainer.step(rows, rate, lambda norm: watch.judge(guard, norm))
@@ -182,9 +176,7 @@ class _Run:
         self.progress, self.rewound = back.progress, back.figures(stopped=stopped, reason=reason)
         if self.metrics is not None:
             kept = self.metrics.go_back(back.progress.step, back.progress.rewinds)
-            self.metrics.say(
-                f"step {stopped}: {reason}: going back to {back.checkpoint} without the rows read since then; what was measured is in {kept}"
-            )
+            self.metrics.say(f"step {stopped}: {reason}; going back to {back.checkpoint}, without the rows since. Lines: {kept}")
 
     def _after_step(self, stage: Stage) -> None:
         """Validation and checkpoint where they are due; at a stage's end the next one's turn comes."""
@@ -194,7 +186,9 @@ class _Run:
             self._validate(stage)
         if ended:
             sources = {name: bookmark.next_stage() for name, bookmark in self.progress.sources.items()}
-            self.progress = replace(self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=(), refused=0, rewinds=0)
+            self.progress = replace(
+                self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=(), refused=0, rewinds=0
+            )
         if ended or last or step % self.plan.checkpoints.every_steps == 0:
             self._save(stage, ended=ended)
 
@@ -229,7 +223,21 @@ class _Run:
             return
         result = score(self.trainer, self.held_out[stage.length])
         if self.metrics is not None:
-            self.metrics.write(self._where(stage) | _validation_figures(result), advance=False)
+            asked = self._critical_batch(stage, result.loss)
+            self.metrics.write(self._where(stage) | _validation_figures(result) | asked, advance=False)
+
+    def _critical_batch(self, stage: Stage, loss: float) -> dict[str, float]:
+        """What the plan's rule says of the batch at this validation loss; a note where the batch is less than half of it."""
+        rule = self.plan.critical_batch
+        if rule is None or not loss > 0:
+            return {}
+        asked, size = rule.tokens(loss), stage.batch_at(max(self.progress.stage_step - 1, 0))
+        if self.metrics is not None and asked >= 2 * size:
+            self.metrics.say(
+                f"step {self.progress.step}: at validation loss {loss:.3f} the critical batch is {asked:,.0f} tokens, twice the {size:,} "
+                f"of a step or more: `--override stages.{self.plan.stages.index(stage)}.batch_ramp=...` lets a larger one begin"
+            )
+        return {"critical_batch_tokens": asked}
 
     def _where(self, stage: Stage) -> dict[str, Any]:
         """The figures every line has."""
@@ -250,6 +258,7 @@ class _Run:
                 "context_imbalance": report.imbalance,
                 "grad_norm": report.grad_norm,
                 "grad_norms": report.grad_norms,
+                **part_figures(report.tally, list(self.data.sources)),
                 "tokens_per_second": size / seconds,
                 "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
                 "step_seconds": seconds,
@@ -260,42 +269,12 @@ class _Run:
         if report.refusal is not None and self.metrics is not None:
             self.metrics.say(f"step {self.progress.step} was not applied: {report.refusal}")
 
-    def _facts(self) -> dict[str, Any]:
-        """What ran where, for the log and the report."""
-        count = count_parameters(self.plan.model)
-        last = self.held_out[self.plan.stages[-1].length]
-        return {
-            "device": torch.cuda.get_device_name(self.session.device) if self.session.device.type == "cuda" else "cpu",
-            "processor": platform.processor() or platform.machine(),
-            "ranks": self.session.groups.size,
-            "threads_per_rank": torch.get_num_threads(),
-            "precision": self.plan.precision,
-            "lightning_backend": self.trainer.decoders[0].backends.lightning,
-            "softmax_backend": self.trainer.decoders[0].backends.softmax,
-            "experts_backend": self.trainer.decoders[0].backends.experts,
-            "torch": torch.__version__,
-            "megatron_core": version("megatron-core"),
-            "parameters": count.total,
-            "active_parameters": count.active,
-            "peak_flops": self.peak.flops,
-            "peak_flops_source": self.peak.source,
-            "unigram_entropy": unigram_entropy(last),
-            "validation_tokens": {str(length): sum(len(row.tokens) for row in rows) for length, rows in sorted(self.held_out.items())},
-        }
-
 
 def _validation_figures(result: Totals) -> dict[str, Any]:
-    return {"validation_loss": result.loss, "validation_tokens": result.predicted_tokens, "expert_load": result.routing.share}
-
-
-@contextmanager
-def _profiled(folder: RunFolder, rank: int, *, wanted: bool) -> Iterator[Any]:
-    """A callable for the end of each step; where wanted, steps 3 and 4 are traced to RUN/profile/rank-N.json (Chrome's trace format)."""
-    if not wanted:
-        yield lambda: None
-        return
-    target = folder.path / "profile"
-    target.mkdir(exist_ok=True)
-    schedule = torch.profiler.schedule(wait=1, warmup=1, active=2, repeat=1)
-    with torch.profiler.profile(schedule=schedule, on_trace_ready=lambda p: p.export_chrome_trace(str(target / f"rank-{rank}.json"))) as p:
-        yield p.step
+    lengths = {name: part.loss for name, part in by_length(result.tally).items() if part.loss is not None}
+    return {
+        "validation_loss": result.loss,
+        "validation_tokens": result.predicted_tokens,
+        "length_loss": lengths,
+        "expert_load": result.routing.share,
+    }

@@ -3,15 +3,18 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from minimax_train.checkpoint.commit import replace_text
 from minimax_train.engine.routing_report import RoutingReport
+from minimax_train.engine.tally import by_length, by_source
 from minimax_train.train.folder import RunFolder
 
 SHOWN = {"loss": "loss", "validation_loss": "validation", "lr": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
@@ -41,12 +44,22 @@ def routing_figures(routing: RoutingReport) -> dict[str, Any]:
     }
 
 
+def part_figures(tally: Tensor, sources: Sequence[str]) -> dict[str, Any]:
+    """Loss and gradient by source and by length of document; what a batch has nothing of is left out."""
+    parts = {"source": dict(zip(sources, by_source(tally), strict=True)), "length": by_length(tally)}
+    return {
+        f"{kind}_{figure}": {name: value for name, part in named.items() if (value := getattr(part, figure)) is not None}
+        for kind, named in parts.items()
+        for figure in ("loss", "gradient")
+    }
+
+
 class Metrics:
     """Writes one run's figures; made by the first rank only."""
 
-    def __init__(self, folder: RunFolder, *, step: int, total_steps: int, out: TextIO = sys.stderr) -> None:
+    def __init__(self, folder: RunFolder, *, step: int, total_steps: int, out: TextIO | None = None) -> None:
         """Goes on after `step`: lines of later steps, left by a run that was killed, are redone and therefore dropped."""
-        self._folder, self._total, self._out, self._last = folder, total_steps, out, 0.0
+        self._folder, self._total, self._out, self._last = folder, total_steps, out or sys.stderr, 0.0
         self._open(step)
 
     def _open(self, step: int) -> None:
@@ -69,7 +82,7 @@ class Metrics:
         for name, layers in figures.get("router", {}).items():
             for layer, value in enumerate(layers):
                 self._board.add_scalar(f"router_{name}/layer_{layer:02}", value, figures["step"])
-        for kind in ("sources", "epochs", "grad_norms"):
+        for kind in ("sources", "epochs", "grad_norms", "source_loss", "source_gradient", "length_loss", "length_gradient"):
             for source, value in figures.get(kind, {}).items():
                 self._board.add_scalar(f"{kind}/{source}", value, figures["step"])
         text = ", ".join(f"{shown} {figures[name]:.4g}" for name, shown in SHOWN.items() if name in figures)

@@ -1,10 +1,27 @@
 """What the machine could do at best, so that a throughput becomes a utilisation."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 
+from minimax_train.engine.session import Session
+
 _PUBLISHED = {"H800": 989e12, "H100": 989e12, "H200": 989e12}  # dense bf16 FLOP/s, NVIDIA's data sheets (SXM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """FLOP/s of all ranks together, None where it is not known; and where the figure is from."""
+
+    flops: float | None
+    source: str
+
+
+def peak_of(session: Session, dtype: torch.dtype) -> Peak:
+    """What the session's ranks could do at best."""
+    flops, source = peak_flops(session.device, dtype)
+    return Peak(flops=None if flops is None else flops * session.groups.size, source=source)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:

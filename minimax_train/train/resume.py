@@ -1,5 +1,6 @@
 """Opening a run: its folder, data and starting point are checked by the first rank, before any model is built."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from data.batches import check_vocabulary
 from data.dataset import TokenDataset
 from data.views import View, of_length
 from minimax_train.checkpoint.commit import remove_leftovers
-from minimax_train.checkpoint.record import Progress, Record
+from minimax_train.checkpoint.record import Progress, Record, read_record
 from minimax_train.checkpoint.shelf import check_architecture, describe, newest_verified, resolve, set_aside, verified_record
 from minimax_train.checkpoint.store import load_weights
 from minimax_train.convert.carried import keep
@@ -73,21 +74,22 @@ def open_data(plan: Plan) -> RunData:
     return RunData(sources=sources, validation=validation)
 
 
-def open_run(plan: Plan, folder: RunFolder) -> Opening:
-    """Checks everything that can be checked before the model exists. Called by the first rank, for all."""
+def open_run(plan: Plan, folder: RunFolder, overrides: Sequence[str] = ()) -> Opening:
+    """Checks everything that can be checked before the model exists. Called by the first rank, for all. `overrides`: the settings of `plan`
+    in which it may differ from the run's."""
     data = open_data(plan)
     start = _start(plan)  # before the folder is touched: bad input leaves nothing behind
-    folder.adopt(plan)
-    notes = [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
-    notes += planned_epochs(plan, data.sources)
     newest, passed = newest_verified(folder.checkpoints)
+    notes = folder.adopt(plan, list(overrides), Progress() if newest is None else read_record(newest).progress)
+    notes += [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
+    notes += planned_epochs(plan, data.sources)
     if newest is None:
         if passed:
             raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; move them away to start again")
         if start[0] is not None:
             keep(start[0], folder.path)
         return Opening(checkpoint=start[0], record=start[1], resumed=False, notes=notes + start[2])
-    record = verified_record(newest)
+    record = read_record(newest)
     check_architecture(record, plan.model, newest)
     _check_sources(record, data, newest)
     notes += [f"damaged checkpoint {path} ({wrong}) was set aside as {set_aside(path)}" for path, wrong in passed.items()]

@@ -12,8 +12,8 @@ from minimax_train.model.row import Row
 from parallel.pieces import cut_row
 
 
-def to_row(row: DataRow, session: Session) -> Row:
-    """What this rank holds of the row, on its device.
+def to_row(row: DataRow, session: Session, source: int = 0) -> Row:
+    """What this rank holds of the row, on its device. `source`: the number of the source that gave it.
 
     A row that the layout cannot share out evenly (held-out ones; training's divide) is filled up by one more document without labels.
     ValueError, on every rank that shares the row, where cu_seqlens falls or does not cover it.
@@ -27,5 +27,5 @@ def to_row(row: DataRow, session: Session) -> Row:
     if missing:
         tokens, labels = F.pad(tokens, (0, missing)), F.pad(labels, (0, missing), value=NOTHING_TO_PREDICT)
         positions, bounds = torch.cat([positions, torch.arange(missing)]), [*bounds, len(tokens)]
-    whole = Row(tokens=tokens, positions=positions, pieces=cut_row(bounds, 1)).with_labels(labels)
+    whole = Row(tokens=tokens, positions=positions, pieces=cut_row(bounds, 1), source=source).with_labels(labels)
     return whole.cut(layout, session.groups.context.rank).to(session.device)

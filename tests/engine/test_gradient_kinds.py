@@ -1,6 +1,9 @@
-"""Gradient norms by kind of weight: of the right weights, whatever the layout, and together the whole norm."""
+"""Gradient norms by kind of weight: of the right weights, whatever the layout, and together the whole norm. And loss and gradient by source
+and length of document."""
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,9 @@ import torch
 
 from minimax_train.engine.gradient_kinds import KINDS, kind_of
 from minimax_train.engine.session import Session, session
+from minimax_train.engine.tally import BUCKETS, FIGURES, LONGEST, Tally, by_length, by_source
 from minimax_train.engine.trainer import Trainer
+from minimax_train.plan import Data, Mixture, Plan, Source
 from minimax_train.train.rows import to_row
 from parallel.layout import Layout
 from parallel.testing import run_ranks
@@ -19,18 +24,31 @@ from tests.support import little_plan
 MODEL = hybrid(layers=4)
 
 
-def step(place: Place, corpus: Path, layout: Layout) -> tuple[float, dict[str, float]]:
-    """One step on two rows of a global batch of four or all of them: the whole norm and the norms by kind."""
+Outcome = tuple[float, dict[str, float], torch.Tensor]
+BOUNDS = ([0, 20, 21, 96], [0, 65, 96], [0, 96], [0, 30, 40, 96])
+"""Documents of up to 64 tokens and longer ones."""
+
+
+def two_sources(corpus: Path, layout: Layout) -> Plan:
+    plan = little_plan(corpus)
+    sources = {name: Source(prefix=str(plan.data.train)) for name in ("one", "other")}
+    data = Data(sources=sources, validation=plan.data.validation)
+    stage = replace(plan.stages[0], length=96, batch_tokens=384, tokens=768, mixture=Mixture(weights={"one": 1, "other": 1}))
+    return little_plan(corpus, model=MODEL, layout=layout, data=data, stages=(stage,))
+
+
+def step(place: Place, corpus: Path, layout: Layout) -> Outcome:
+    """One step on a global batch of four rows of two sources: the whole norm, the norms by kind, and the tally."""
     with session(layout=layout, place=place) as joined:
-        trainer = Trainer(little_plan(corpus, model=MODEL, layout=layout), joined)
+        trainer = Trainer(two_sources(corpus, layout), joined)
         data = joined.groups.data
-        rows = [packed([0, 20, 21, 64], seed) for seed in range(4)][data.rank() :: data.size()]
-        report = trainer.step([to_row(row, joined) for row in rows], 1e-3)
-        return report.grad_norm, report.grad_norms
+        rows = [to_row(packed(bounds, seed), joined, seed // 2) for seed, bounds in enumerate(BOUNDS)]
+        report = trainer.step(rows[data.rank() :: data.size()], 1e-3)
+        return report.grad_norm, report.grad_norms, report.tally
 
 
 @pytest.fixture(scope="module")
-def alone_step(corpus: Path) -> tuple[float, dict[str, float]]:
+def alone_step(corpus: Path) -> Outcome:
     (outcome,) = run_ranks(1, step, corpus, Layout())
     return outcome
 
@@ -67,8 +85,44 @@ def test_kinds_are_of_the_weights_they_name(corpus: Path, alone: Session) -> Non
     ],
     ids=["data 2", "pipeline 2", "tensor 2, expert 2", "and expert tensor 2", "context 2"],
 )
-def test_any_layout(corpus: Path, alone_step: tuple[float, dict[str, float]], ranks: int, layout: Layout) -> None:
-    for norm, kinds in run_ranks(ranks, step, corpus, layout):
+def test_any_layout(corpus: Path, alone_step: Outcome, ranks: int, layout: Layout) -> None:
+    for norm, kinds, tally in run_ranks(ranks, step, corpus, layout):
+        torch.testing.assert_close(tally, alone_step[2], rtol=1e-4, atol=1e-9)
         assert norm == pytest.approx(alone_step[0], rel=1e-4)
         assert kinds == pytest.approx(alone_step[1], rel=1e-4)
         assert math.hypot(*kinds.values()) == pytest.approx(norm, rel=1e-5)
+
+
+def test_parts_of_a_batch(corpus: Path, alone: Session, alone_step: Outcome) -> None:
+    """Against a backward pass of its own for every document: losses, and the gradient at each embedded token."""
+    plan = two_sources(corpus, Layout())
+    trainer = Trainer(replace(plan, auxiliary_loss=0.0), alone)
+    rows = [to_row(packed(bounds, seed), alone, seed // 2) for seed, bounds in enumerate(BOUNDS)]
+    expected = torch.zeros(2, BUCKETS, FIGURES, dtype=torch.float64)
+    (decoder,) = trainer.decoders
+    for row in rows:
+        x = decoder.embedding(row.tokens).detach().requires_grad_()
+        assert row.labels is not None
+        losses = decoder.losses(decoder.hidden(x, row)[0], row.labels)
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+        for begin, end in pairwise(row.pieces.bounds):
+            of = slice(begin, end)
+            sums = [losses[of].sum(), (row.labels[of] >= 0).sum(), gradient[of].double().square().sum(), end - begin]
+            expected[row.source, 0 if end - begin <= LONGEST[0] else 1] += torch.tensor([float(s) for s in sums], dtype=torch.float64)
+    tally = trainer.step(rows, 0.0).tally
+    torch.testing.assert_close(tally, expected, rtol=1e-5, atol=1e-9)
+    assert alone_step[2].shape == tally.shape and alone_step[2][:, :, 0].sum() == pytest.approx(tally[:, :, 0].sum().item())
+    lengths, sources = by_length(tally), by_source(tally)
+    assert list(lengths) == ["64", "256"]
+    assert lengths["64"].loss == pytest.approx(float(expected[:, 0, 0].sum() / expected[:, 0, 1].sum()))
+    assert sources[1].gradient == pytest.approx(math.sqrt(float(expected[1, :, 2].sum()) / 192))
+    assert lengths["256"].gradient != pytest.approx(lengths["64"].gradient, rel=1e-3)
+
+
+def test_what_is_no_number_stays_in_its_bucket(alone: Session) -> None:
+    row = to_row(packed(BOUNDS[0], 0), alone)
+    assert row.labels is not None
+    tally, losses = Tally(row), torch.ones(96)
+    losses[30] = float("nan")
+    tally.losses(losses, row.labels)
+    assert tally.sums[0, 0] == 21 and tally.sums[1, 0].isnan()

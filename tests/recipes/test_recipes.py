@@ -104,3 +104,11 @@ def test_the_ladder_is_as_large_as_it_says() -> None:
         counts = count_parameters(load_plan(f"recipes.ladder:{name}").model)
         assert counts.total == pytest.approx(total, rel=0.01)
         assert counts.active == pytest.approx(active, rel=0.02)
+
+
+def test_minimax_doublings() -> None:
+    """The rule of the recipe at the four losses of MiniMax-01's figure 13: 16M, 32M, 64M, 128M tokens, within 2 %."""
+    rule = text01.pretrain().critical_batch
+    assert rule is not None
+    for loss, batch in ((2.22, 16e6), (1.98, 32e6), (1.77, 64e6), (1.58, 128e6)):
+        assert rule.tokens(loss) == pytest.approx(batch, rel=0.02)

@@ -48,6 +48,7 @@ def metrics() -> list[dict[str, Any]]:
                 | {"router": _router(step)}
                 | _sources(number, tokens)
                 | _gradients(step)
+                | _parts(number, loss)
             )
             if i + 1 in (steps // 2, steps):
                 lines.append(_validation(random, step, name, tokens, length, loss + 0.08))
@@ -72,13 +73,22 @@ def _sources(stage: int, tokens: int) -> dict[str, Any]:
     }
 
 
+def _parts(stage: int, loss: float) -> dict[str, Any]:
+    """Long documents come with the second stage, are easier, and have smaller gradients; one bucket is empty in the last stage."""
+    source = {"short": loss + 0.1} | ({"long": loss - 0.2} if stage else {})
+    length = {"1024": loss + 0.1} | ({"4096": loss} if stage == 1 else {}) | ({"16384": loss - 0.2} if stage else {})
+    scaled = [{name: value / 5 for name, value in losses.items()} for losses in (source, length)]
+    return {"source_loss": source, "length_loss": length, "source_gradient": scaled[0], "length_gradient": scaled[1]}
+
+
 def _gradients(step: int) -> dict[str, Any]:
     """Early layers that explode for three steps at the second stage's start; two of these steps are not applied."""
     kinds = ("lightning_early", "lightning_late", "softmax", "experts", "routers", "norms", "embedding", "head")
     norms = {kind: (0.05 + 0.3 * np.exp(-step / 30)) * (1 + i / 4) * (1 + 0.1 * np.sin(step + i)) for i, kind in enumerate(kinds)}
     norms["lightning_early"] *= 40 if 121 <= step <= 123 else 1
     refused = {"reason": "gradient norm 9.1; the last 128 were 0.4 +- 0.05", "rows": {}}
-    return {"grad_norms": norms} | ({"refused": refused} if step in (122, 123) else {})
+    back = {"from_step": 130, "to_step": 124, "reason": "6 steps in a row were not applied", "left_out": {}}
+    return {"grad_norms": norms} | ({"refused": refused} if step in (122, 123) else {}) | ({"rewound": back} if step == 125 else {})
 
 
 def _validation(random: np.random.Generator, step: int, stage: str, tokens: int, length: int, loss: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from matplotlib.image import imread
 import minimax_train.report.page as page_module
 from minimax_train.report.page import write_report
 
-PLOTS = ("loss", "positions", "needle", "experts", "routers", "sources", "throughput", "optimizer", "gradients")
+PLOTS = ("loss", "positions", "needle", "experts", "routers", "sources", "throughput", "optimizer", "gradients", "parts")
 MakeRun = Callable[..., Path]
 
 

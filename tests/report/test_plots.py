@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from minimax_train.report.canvas import fit, png, smooth, window_for
 from minimax_train.report.gradient_plot import gradient_plot
 from minimax_train.report.needle_plot import needle_plot
+from minimax_train.report.parts_plot import parts_plot
 from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
 from minimax_train.report.record import Record, read_record
@@ -284,16 +285,43 @@ def test_gradient_plot_shows_kinds_and_refused_steps(record: Record) -> None:
     crosses = np.asarray(lines["not applied"].get_xdata())
     assert crosses.tolist() == record.training.tokens[np.isin(record.training.step, (122, 123))].tolist()
     assert "did not apply 2 steps (step 122: gradient norm 9.1" in plot.caption
+    assert "The run went back from step 130 to step 124: 6 steps in a row" in plot.caption
+
+
+def test_parts_plot_shows_sources_and_lengths(record: Record) -> None:
+    """Four panels; lengths in order, whichever came first; a line has no point where its bucket was empty."""
+    plot = parts_plot(record)
+    panels = _axes(plot.figure)
+    assert [axes.get_yscale() for axes in panels] == ["linear", "linear", "log", "log"]
+    names = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in panels]
+    assert names == [["short", "long"], ["up to 1,024", "up to 4,096", "up to 16,384"]] * 2
+    second, third = (record.span(stage) for stage in (1, 2))
+    assert second and third
+    middle = np.asarray(_line(panels[1], "up to 4,096").get_xdata())
+    assert second[0] < middle.min() and middle.max() <= third[0] + 32768
+    short, gradient = (np.asarray(_line(panels[place], "short").get_ydata()) for place in (0, 2))
+    assert gradient == pytest.approx(short / 5)
+    assert "up to 16,384" in plot.caption
+
+
+@pytest.mark.parametrize("change", [{"source_loss": 3}, {"length_gradient": {"64": "much"}}])
+def test_parts_that_are_no_numbers(make_run: MakeRun, synthetic: Any, change: dict[str, Any]) -> None:
+    lines = synthetic.metrics()
+    lines[5] |= change
+    with pytest.raises(ValueError, match="line 6: 'source_loss', .* must each hold a number by name"):
+        read_record(make_run(lines=lines))
 
 
 def test_runs_without_gradient_norms_say_so(make_run: MakeRun, synthetic: Any) -> None:
-    lines = [{key: value for key, value in line.items() if key not in ("grad_norms", "refused")} for line in synthetic.metrics()]
+    lines = [{key: value for key, value in line.items() if key not in ("grad_norms", "refused", "rewound")} for line in synthetic.metrics()]
     plot = gradient_plot(read_record(make_run(lines=lines)))
     assert plot.figure is None
     assert "no line" in plot.absent
 
 
-@pytest.mark.parametrize("change", [{"grad_norms": 3}, {"grad_norms": {"softmax": -1}}, {"refused": "because"}, {"refused": {}}])
+@pytest.mark.parametrize(
+    "change", [{"grad_norms": 3}, {"grad_norms": {"softmax": -1}}, {"refused": "because"}, {"refused": {}}, {"rewound": {"from_step": 3}}]
+)
 def test_gradient_figures_that_are_none(make_run: MakeRun, synthetic: Any, change: dict[str, Any]) -> None:
     lines = synthetic.metrics()
     lines[5] |= change

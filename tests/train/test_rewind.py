@@ -118,7 +118,7 @@ def test_it_stops_in_the_end(corpus: Path, alone: Session, tmp_path: Path, monke
     spoil_rows(monkeypatch, plan, range(3, 100))
     with pytest.raises(FloatingPointError, match="allows 2 returns to a checkpoint in a stage, and it made 2"):
         train(plan, tmp_path / "run", alone)
-    with pytest.raises(FloatingPointError, match="allows 2 returns to a checkpoint in a stage, and it made 2"):  # and again: nothing of it was saved
+    with pytest.raises(FloatingPointError, match="allows 2 returns to a checkpoint in a stage, and it made 2"):
         train(plan, tmp_path / "run", alone)
     monkeypatch.undo()
     spoil_rows(monkeypatch, plan, range(0, 100))
