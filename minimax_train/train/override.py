@@ -42,7 +42,8 @@ def record(path: Path, settings: list[str], changes: list[str], progress: Progre
 
 
 def check(old: Plan, new: Plan, changes: list[str], progress: Progress) -> None:
-    """ValueError where a change concerns what is trained already, or what a run is made of."""
+    """ValueError where a change concerns what is trained already, or what a run is made of. `changes`: from old to new, but for what may
+    differ anyway, such as layouts."""
     for change in changes:
         field = change.split(":")[0].split(".")[0]
         if field not in ALLOWED:
@@ -54,7 +55,7 @@ def check(old: Plan, new: Plan, changes: list[str], progress: Progress) -> None:
     if [stage.name for stage in new.stages[: len(begun)]] != begun:
         raise ValueError(f"--override: the stages that were begun must keep their names and order: {', '.join(begun)}")
     for before, after in zip(old.stages[:done], new.stages[:done], strict=True):
-        if before != after:
+        if replace(before, layout=after.layout, recompute=after.recompute) != after:
             raise ValueError(f"--override changes stage {before.name!r}, which is finished: change a later one")
     if progress.stage < len(old.stages) and progress.stage_step:
         _check_under_way(old.stages[progress.stage], new.stages[progress.stage], progress)
