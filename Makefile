@@ -19,6 +19,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-slow: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,slow]'
 	$(BIN)/python -m pytest -m slow
 
 check: setup
