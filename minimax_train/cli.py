@@ -1,6 +1,7 @@
 """The command line: the only reader of argv and environment.
 
-Exit status: 0 success, 1 failure, 2 bad input, 130 interrupted; bad input and failures are one line on standard error.
+Exit status: 0 success, 1 failure, 2 bad input, 75 stopped on SIGUSR1 with more to train, 130 interrupted; bad input and failures are one
+line on standard error.
 """
 
 import argparse
@@ -247,14 +248,16 @@ def _train(a: argparse.Namespace) -> int:
     place, ranks = _ranks(a.ranks)
     plan.check_ranks(ranks)
     _check_device(plan)
-    if a.stage is not None:
-        from minimax_train.train.legs import check_turn
+    from minimax_train.train.legs import check_turn, is_over
+    from minimax_train.train.pause import UNFINISHED
 
+    if a.stage is not None:
         check_turn(plan, a.to, a.stage)
     if place is not None:
         return _train_rank(place, plan, a.to, a.profile, a.stage, a.overrides)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks meet on the loopback, whatever the host is called
-    return run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile, a.stage, a.overrides)
+    status = run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile, a.stage, a.overrides)
+    return UNFINISHED if status == 0 and not is_over(plan, a.to, a.stage) else status
 
 
 def _ranks(asked: int | None) -> tuple[Any, int]:
@@ -287,9 +290,11 @@ def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool, only: str | 
         return session(plan.device, layout, place, store=store, number=number)
 
     from minimax_train.train.legs import next_stage, train_legs
+    from minimax_train.train.pause import pause_on_signal
 
     begin = told_by_first(store, place, "next stage", lambda: next_stage(run))
-    train_legs(plan, run, open_session, begin, only=only, profile=profile, overrides=overrides)
+    with pause_on_signal() as pause:
+        train_legs(plan, run, open_session, begin, only=only, profile=profile, overrides=overrides, pause=pause)
     return 0
 
 

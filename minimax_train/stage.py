@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from re import fullmatch
 from typing import Literal
 
 from data.packing import Packing
@@ -117,6 +118,8 @@ class Stage:
 
     def __post_init__(self) -> None:
         owner = f"stage {self.name!r}"
+        if not fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.name):  # it becomes the name of files and of jobs
+            raise ValueError(f"{owner}: a name has letters, digits, '.', '_' and '-', 64 at most, and begins with a letter or a digit")
         at_least(owner, self, length=1, rope_base=1, tokens=1, batch_tokens=1)
         _check_order(f"{owner}: batch_ramp", [batch.from_tokens for batch in self.batch_ramp])
         for size in (self.batch_tokens, *(batch.batch_tokens for batch in self.batch_ramp)):

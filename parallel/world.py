@@ -1,5 +1,7 @@
 """Joining the other ranks, however they were started: by torchrun, by srun, by --ranks N, or alone."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,15 +96,24 @@ def _start(local_rank: int, main: Callable[..., int], size: int, port: int, argu
 def run_local(main: Callable[..., int], size: int, *arguments: Any) -> int:
     """Runs main(place, *arguments) -> exit status on `size` local processes and returns the first failure's status, or 0.
 
-    `main` and its arguments must pickle. When a rank fails the others are stopped; they also stop when this process dies.
+    `main` and its arguments must pickle. When a rank fails the others are stopped; they also stop when this process dies. SIGUSR1 is passed
+    on to every rank.
     """
     if size == 1:
         return main(Place(), *arguments)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = multiprocessing.start_processes(_start, (main, size, store.port, arguments), nprocs=size, join=False, start_method="spawn")
+
+    def pass_on(number: int, _: object) -> None:
+        for pid in ranks.pids():
+            os.kill(pid, number)
+
+    before = signal.signal(signal.SIGUSR1, pass_on)
     try:
         while not ranks.join(grace_period=10):
             pass
     except multiprocessing.ProcessExitedException as failure:
         return failure.exit_code if failure.exit_code > 0 else 128 - failure.exit_code
+    finally:
+        signal.signal(signal.SIGUSR1, before)
     return 0

@@ -32,6 +32,7 @@ class RunFolder:
         self.positions = path / "evaluation" / "positions.json"
         self.needle = path / "evaluation" / "needle.json"
         self.logs = path / "logs"
+        self.finished = path / "finished"
 
     def require(self) -> "RunFolder":
         """ValueError where this is no run."""
@@ -72,6 +73,16 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         replace_text(self.plan, as_yaml(plan))
         return notes
+
+    def mark_finished(self, plan: Plan, progress: Progress) -> None:
+        """An empty file finished/NAME for every stage that nothing is left of, and for no other: what a job script can see."""
+        over = len(plan.stages) if progress.step >= plan.total_steps else progress.stage
+        self.finished.mkdir(exist_ok=True)
+        for number, stage in enumerate(plan.stages):
+            if number < over:
+                (self.finished / stage.name).touch()
+            else:
+                (self.finished / stage.name).unlink(missing_ok=True)
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         """`run.json`: what ran where."""

@@ -9,6 +9,7 @@ from minimax_train.checkpoint.shelf import checkpoints_in
 from minimax_train.engine.session import Session
 from minimax_train.plan import Plan
 from minimax_train.train.folder import RunFolder
+from minimax_train.train.pause import Pause
 from parallel.layout import Layout
 
 OpenSession = Callable[[Layout, int], AbstractContextManager[Session]]
@@ -24,6 +25,7 @@ def train_legs(
     only: str | None = None,
     profile: bool = False,
     overrides: Sequence[str] = (),
+    pause: Pause | None = None,
 ) -> Progress:
     """Runs the plan's stages (or only the one named, whose turn it must be), and returns where the run stands. All ranks call it with the
     same `begin`, the stage that is probably next: a wrong guess costs the making of a session."""
@@ -33,8 +35,9 @@ def train_legs(
         with open_session(plan.layout_of(guess), number) as session:
             from minimax_train.train.loop import train  # in a session, which keeps what megatron-core says at import to itself
 
-            progress = train(plan, run, session, through=last, profile=profile and number == 0, overrides=overrides)
-        if progress.stage > last or progress.step >= plan.total_steps:
+            progress = train(plan, run, session, through=last, profile=profile and number == 0, overrides=overrides, pause=pause)
+            here = plan.layout_of(progress.stage) == session.groups.layout
+        if progress.stage > last or progress.step >= plan.total_steps or here:  # `here`: it stopped because it was asked to
             return progress
         guess, number = progress.stage, number + 1
 
@@ -47,6 +50,12 @@ def next_stage(run: Path) -> int:
         except (OSError, ValueError):
             continue
     return 0
+
+
+def is_over(plan: Plan, run: Path, only: str | None) -> bool:
+    """Whether nothing is left to do: of the stage `only`, or of the whole plan."""
+    names = [stage.name for stage in plan.stages] if only is None else [only]
+    return all((RunFolder(run).finished / name).exists() for name in names)
 
 
 def check_turn(plan: Plan, run: Path, only: str) -> None:

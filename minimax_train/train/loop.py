@@ -24,6 +24,7 @@ from minimax_train.train.facts import facts
 from minimax_train.train.folder import RunFolder, owned
 from minimax_train.train.guard import Watch
 from minimax_train.train.metrics import Metrics, part_figures, routing_figures
+from minimax_train.train.pause import Pause
 from minimax_train.train.peak import peak_of
 from minimax_train.train.profile import profiled
 from minimax_train.train.resume import Opening, open_data, open_run, restore
@@ -32,25 +33,36 @@ from minimax_train.train.rows import to_row
 from minimax_train.train.schedule import learning_rate
 from minimax_train.train.stage_rows import stage_sampler
 from minimax_train.train.validate import score, validation_rows
-from parallel.collectives import first_does
+from parallel.collectives import all_sum, first_does
 
 
 def train(
-    plan: Plan, run: Path, session: Session, *, through: int | None = None, profile: bool = False, overrides: Sequence[str] = ()
+    plan: Plan,
+    run: Path,
+    session: Session,
+    *,
+    through: int | None = None,
+    profile: bool = False,
+    overrides: Sequence[str] = (),
+    pause: Pause | None = None,
 ) -> Progress:
     """Runs the plan's stages in `run`, from its newest good checkpoint; returns where it stopped. All ranks call it.
 
-    It stops before a stage of another layout than the session's, and after stage number `through`. `overrides`: see override.py.
+    It stops before a stage of another layout than the session's, and after stage number `through`. `overrides`: see override.py. Once
+    `pause` is asked for on any rank, it saves after the step and returns.
 
     ValueError on bad input, before anything is written; OSError when the disk refuses a checkpoint; FloatingPointError when the loss
     or the gradient stops being a number.
     """
     with ExitStack() as stack:
+        folder, last = RunFolder(run), len(plan.stages) - 1 if through is None else through
         first_does(lambda: _own(stack, run), session.groups.world)
-        opening: Opening = first_does(lambda: open_run(plan, RunFolder(run), overrides), session.groups.world)
+        opening: Opening = first_does(lambda: open_run(plan, folder, overrides), session.groups.world)
         if plan.layout_of(opening.progress.stage) != session.groups.layout:
             return opening.progress
-        return _Run(plan, RunFolder(run), session, opening).go(len(plan.stages) - 1 if through is None else through, profile=profile)
+        progress = _Run(plan, folder, session, opening, pause).go(last, profile=profile)
+        first_does(lambda: folder.mark_finished(plan, progress), session.groups.world)
+        return progress
 
 
 def _own(stack: ExitStack, run: Path) -> None:
@@ -70,8 +82,9 @@ def _remove_if_unused(run: Path) -> None:
 class _Run:
     """One process's part in a run: the state that goes through the loop."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening) -> None:
-        self.plan, self.folder, self.session = plan, folder, session
+    def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening, pause: Pause | None) -> None:
+        self.plan, self.folder, self.session, self.pause = plan, folder, session, pause
+        self.paused = False
         self.data = open_data(plan)
         lengths = {stage.length for stage in plan.stages}
         self.held_out = {length: validation_rows(self.data.validation, length, plan.validation.tokens) for length in lengths}
@@ -97,7 +110,12 @@ class _Run:
                 stack.callback(self.metrics.close)
             tick = stack.enter_context(profiled(self.folder.path, self.session.place.rank, wanted=profile))
             layout, total = self.session.groups.layout, self.plan.total_steps
-            while self.progress.stage <= through and self.progress.step < total and self.plan.layout_of(self.progress.stage) == layout:
+            while (
+                not self.paused
+                and self.progress.stage <= through
+                and self.progress.step < total
+                and self.plan.layout_of(self.progress.stage) == layout
+            ):
                 self._stage(self.plan.stages[self.progress.stage], tick)
         return self.progress
 
@@ -112,13 +130,14 @@ class _Run:
             self.plan, self.progress.stage, self.data.sources, self.progress.sources, rank=data.rank(), ranks=data.size()
         ) as sampler:
             number = self.progress.stage
-            while self.progress.stage == number and self.progress.step < self.plan.total_steps:
+            while self.progress.stage == number and self.progress.step < self.plan.total_steps and not self.paused:
                 self._step(stage, sampler)
                 tick()
                 if self.progress.refused > self.plan.guard.most:
                     self._go_back()
                 else:
                     self._after_step(stage)
+                self._look_at_pause(stage)
 
     def _step(self, stage: Stage, sampler: Sampler) -> None:
         """One optimizer step, and its line."""
@@ -156,6 +175,17 @@ class _Run:
             "sources": {name: bookmark.tokens for name, bookmark in after.items()},
             "epochs": {name: bookmark.tokens / self.data.sources[name].token_count for name, bookmark in after.items()},
         }
+
+    def _look_at_pause(self, stage: Stage) -> None:
+        """Saves and stops where any rank was asked to: ranks hear of it at different moments, and must stop behind the same step."""
+        if self.pause is None:
+            return
+        asked = torch.tensor(float(self.pause.asked), device=self.session.device)
+        if all_sum(asked, self.session.groups.world).item() > 0:
+            self.paused = True
+            self._save(stage, ended=False)
+            if self.metrics is not None:
+                self.metrics.say(f"stopping after step {self.progress.step}, as asked: called again, the run goes on from there")
 
     def _go_back(self) -> None:
         """After too many refused steps: weights and moments of the last checkpoint before them; the rows since then are left out."""

@@ -83,6 +83,7 @@ def open_run(plan: Plan, folder: RunFolder, overrides: Sequence[str] = ()) -> Op
     notes = folder.adopt(plan, list(overrides), Progress() if newest is None else read_record(newest).progress)
     notes += [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
     notes += planned_epochs(plan, data.sources)
+    folder.mark_finished(plan, Progress() if newest is None else read_record(newest).progress)
     if newest is None:
         if passed:
             raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; move them away to start again")
