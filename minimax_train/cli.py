@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     about = "change one field of a run that was begun, from its next step on; it stays so, and is noted in RUN/overrides.jsonl"
     trained.add_argument("--override", metavar="a.b=c", action="append", default=[], dest="overrides", help=about)
     trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
+    submitted = recipe(add("submit", _submit, "Put a run's stages into Slurm's queue, one job each, every one after the one before."))
+    submitted.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder, on a file system that all nodes see")
+    submitted.add_argument("--cluster", metavar="FILE", type=Path, required=True, help="YAML of the cluster: see slurm/clusters")
+    submitted.add_argument("--dry-run", action="store_true", help="print the job scripts, write and submit nothing")
     _add_data(add, group("data", "Token files: prepare, inspect, verify, adopt."))
     _add_convert(add, group("convert", "Hugging Face checkpoints: from-hf, to-hf, plan, verify."))
     scored = add("logits", _logits, "Logits of given token ids, forward only.")
@@ -108,7 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("run", metavar="RUN", type=Path)
         if name == "status":
             made.add_argument("--json", action="store_true")
-    recipe(add("doctor", _doctor, "What this machine has, and whether a plan would run on it."), optional=True)
+    doctor = recipe(add("doctor", _doctor, "What this machine has, and whether a plan would run on it."), optional=True)
+    doctor.add_argument("--node", metavar="DIR", type=Path, help="preflight of a job's node: write what is wrong into DIR")
+    doctor.add_argument("--gpus", metavar="N", type=int, default=0, help="with --node: GPUs that must be there")
+    doctor.add_argument("--space", metavar="PATH", type=Path, default=Path(), help="with --node: where the run writes")
+    doctor.add_argument("--free-gib", metavar="N", type=int, default=0, help="with --node: free space wanted there")
     return parser
 
 
@@ -246,7 +254,7 @@ def _train(a: argparse.Namespace) -> int:
 
     plan = load_plan(a.recipe, [*a.settings, *recorded(a.to / "overrides.jsonl"), *a.overrides])
     place, ranks = _ranks(a.ranks)
-    plan.check_ranks(ranks)
+    plan.check_ranks(ranks, a.stage)
     _check_device(plan)
     from minimax_train.train.legs import check_turn, is_over
     from minimax_train.train.pause import UNFINISHED
@@ -308,6 +316,31 @@ def _as_local(place: Any, traceback: bool, work: Callable[..., int], *arguments:
             raise
         _say_for_first(f"minimax-train: error: {' '.join(str(error).split())}")
         return _status_of(error)
+
+
+def _submit(a: argparse.Namespace) -> int:
+    import minimax_train
+    from minimax_train.recipe import as_yaml, load_plan
+    from minimax_train.train.override import recorded
+    from slurm.cluster import load_cluster
+    from slurm.submit import jobs_of, submit
+
+    run, cluster = a.to.resolve(), load_cluster(a.cluster)
+    plan = load_plan(a.recipe, [*a.settings, *recorded(run / "overrides.jsonl")])
+    for stage in plan.stages:
+        plan.check_ranks(cluster.ranks_of(stage.name), stage.name)
+    left = [stage.name for stage in plan.stages if not (run / "finished" / stage.name).exists()]
+    if not left:
+        raise ValueError(f"every stage of {run} is finished: there is nothing to submit")
+    jobs = jobs_of(name=plan.name, stages=left, run=run, directory=Path.cwd(), cluster=cluster)
+    if a.dry_run:
+        for job in jobs:
+            print(f"# {job.path}\n{job.text}")
+        return 0
+    home = Path(minimax_train.__file__).resolve().parent.parent
+    for queued in submit(jobs, run=run, plan=as_yaml(plan), cluster=a.cluster.read_text(), home=home):
+        print(f"stage {queued['stage']}: job {queued['job']}")
+    return 0
 
 
 def _data_prepare(a: argparse.Namespace) -> int:
@@ -582,13 +615,18 @@ def _print_checkpoints(path: Path, *, only_damaged: bool) -> bool:
 
 def _status(a: argparse.Namespace) -> int:
     from minimax_train.train.status import run_status
+    from slurm.submit import excluded, job_state, recorded
 
     status = run_status(a.run)
+    if jobs := recorded(a.run):
+        status["jobs"] = [{**job, "state": job_state(job["job"]) or "ended"} for job in jobs]
+        status["excluded_nodes"] = excluded(a.run)
     if a.json:
         print(json.dumps(status, indent=1))
     else:
         for name, value in status.items():
-            print(f"{name.replace('_', ' '):24}{value}")
+            said = "; ".join(f"{job['stage']} {job['job']} {job['state']}" for job in value) if name == "jobs" else value
+            print(f"{name.replace('_', ' '):24}{said}")
     return 0
 
 
@@ -601,6 +639,13 @@ def _report(a: argparse.Namespace) -> int:
 
 
 def _doctor(a: argparse.Namespace) -> int:
+    if a.node is not None:
+        from minimax_train.preflight import check_node
+
+        name = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+        wrong = check_node(a.node, name, gpus=a.gpus, space=a.space, free_gib=a.free_gib)
+        print(f"preflight: {name}: {'; '.join(wrong) or 'good'}", file=sys.stderr)
+        return 0
     from minimax_train.doctor import examine
     from minimax_train.recipe import load_plan
 

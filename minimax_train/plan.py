@@ -217,9 +217,11 @@ class Plan:
         lengths = [stage.length for stage in self.stages if (stage.layout or self.layout) == layout]
         return cut_layers(self.model, layout, max(lengths or [stage.length for stage in self.stages]))
 
-    def check_ranks(self, ranks: int) -> None:
-        """Refuses a number of ranks that the layout or a stage's batch does not divide into."""
+    def check_ranks(self, ranks: int, only: str | None = None) -> None:
+        """Refuses a number of ranks that a layout or a batch of the stages (or of the one named) does not divide into."""
         for stage in self.stages:
+            if only not in (None, stage.name):
+                continue
             layout = stage.layout or self.layout
             data = layout.data(ranks)
             for size in dict.fromkeys(part.batch_tokens for part in stage.parts):

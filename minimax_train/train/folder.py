@@ -67,7 +67,7 @@ class RunFolder:
             notes = override.record(self.overrides, overrides, changes, progress) if changes else []
         elif overrides:
             raise ValueError(f"--override changes a run that was begun, and {self.path} is none yet: use --set")
-        elif self.path.exists() and any(p.name != "lock" for p in self.path.iterdir()):
+        elif self.path.exists() and any(p.name not in ("lock", "slurm") for p in self.path.iterdir()):
             raise ValueError(f"{self.path} exists and is not a run: choose another --to")
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,167 @@
+"""Chains of stages on real Slurm daemons: to the end, through time limits, bad nodes and dead ones, and not past a broken stage."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import mkdtemp
+
+import pytest
+
+from minimax_train.recipe import as_yaml
+from parallel.layout import Layout
+from slurm.submit import recorded
+from tests.slurm.daemons import Slurm, unpack
+from tests.support import little_plan
+from tests.train.test_resume import figures
+
+pytestmark = pytest.mark.timeout(400)
+HOME = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    root = Path(mkdtemp(prefix="slurm-"))  # short: the paths of sockets are
+    cluster = Slurm(root / "c", unpack(root / "p"), nodes=3)
+    cluster.start()
+    yield cluster
+    left = cluster.stop()
+    shutil.rmtree(root)
+    assert left == []
+
+
+@pytest.fixture(scope="module")
+def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "little.yaml"
+    path.write_text(as_yaml(little_plan(corpus, layout=Layout(context=2))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same plan on four local ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    command = [sys.executable, "-m", "minimax_train.cli", "train", str(recipe), "--to", str(folder), "--ranks", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HOME)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def machine(folder: Path, **changes: object) -> Path:
+    """A cluster's file: two nodes with two ranks each."""
+    fields: dict[str, object] = {
+        "nodes": 2,
+        "ranks_per_node": 2,
+        "time_limit": "10",
+        "signal_seconds": 60,
+        "free_gib": 0,
+        "python": sys.executable,
+        "environment": {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"},
+    }
+    path = folder / "cluster.yaml"
+    path.write_text(json.dumps({**fields, **changes}))
+    return path
+
+
+def submit(slurm: Slurm, recipe: Path, run: Path, cluster: Path, *more: str) -> list[int]:
+    command = [sys.executable, "-m", "minimax_train.cli", "submit", str(recipe), "--to", str(run), "--cluster", str(cluster), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=slurm.environment, cwd=HOME)
+    assert done.returncode == 0, done.stderr
+    return [job["job"] for job in recorded(run)]
+
+
+def events(run: Path) -> str:
+    return (run / "slurm" / "events.log").read_text()
+
+
+def log(run: Path) -> str:
+    """For a failed assertion."""
+    return "\n".join(path.read_text()[-3000:] for path in sorted((run / "slurm" / "logs").glob("*"))) + events(run)
+
+
+def test_a_chain_runs_to_the_end(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Two stages, two jobs, on two nodes with two ranks each: the figures of four local ranks. Edits behind it are not seen."""
+    run = tmp_path / "run"
+    first, second = submit(slurm, recipe, run, machine(tmp_path))
+    assert slurm.job(second)["Dependency"].startswith(f"afterok:{first}")
+    assert slurm.ended(first) == "COMPLETED", log(run)
+    assert slurm.ended(second) == "COMPLETED", log(run)
+    assert figures(run) == figures(undisturbed)
+    assert events(run).count("is finished") == 2
+    status = [sys.executable, "-m", "minimax_train.cli", "status", str(run), "--json"]
+    said = json.loads(subprocess.run(status, capture_output=True, text=True, env=slurm.environment, timeout=60, check=True).stdout)
+    assert said["finished"] and [(job["stage"], job["state"]) for job in said["jobs"]] == [("64", "ended"), ("256", "ended")]
+
+
+def test_asked_to_stop_it_goes_back_into_the_queue(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """USR1, as Slurm sends it before the time limit: saved, requeued, gone on, bit for bit."""
+    run = tmp_path / "run"
+    first, second = submit(slurm, recipe, run, machine(tmp_path, preflight=False))
+    metrics = run / "metrics.jsonl"
+    slurm.until(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), "step 2")
+    slurm.run("scancel", "--signal=USR1", "--batch", str(first))
+    assert slurm.ended(second, 200) == "COMPLETED", log(run)
+    assert "asking the run to save" in events(run) and "stopped as asked" in events(run)
+    assert slurm.job(first)["Restarts"] == "1"
+    assert figures(run) == figures(undisturbed)
+
+
+def test_a_broken_stage_stops_the_chain(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
+    """The first stage's ranks die at once, every time: after the attempts allowed the job fails, and the second is cancelled."""
+    run = tmp_path / "run"
+    first, second = submit(slurm, recipe, run, machine(tmp_path, preflight=False, most_stalled=1, python="false"))
+    assert slurm.ended(first) == "FAILED" and slurm.ended(second) == "CANCELLED"
+    assert "for the 2th time without a newer checkpoint" in events(run) or "giving up" in events(run)
+    assert slurm.job(first)["Restarts"] == "1"
+
+
+def test_preflight_sends_it_elsewhere(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """A node whose interpreter is broken: another job takes the place, without that node, and the chain waits for that one."""
+    run = tmp_path / "run"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME == n1 ]] && exit 3\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    first, second = submit(slurm, recipe, run, machine(tmp_path, python=str(python)))
+    assert slurm.ended(second, 200) == "COMPLETED", log(run)
+    assert slurm.job(first)["JobState"] == "FAILED"
+    instead = next(job for job in recorded(run) if job.get("instead_of") == first)
+    assert slurm.job(instead["job"])["JobState"] == "COMPLETED" and "n1" not in slurm.job(instead["job"])["NodeList"]
+    assert (run / "slurm" / "excluded").read_text().split() == ["n1"]
+    assert "preflight: n1: no answer" in events(run)
+    assert figures(run) == figures(undisturbed)
+
+
+def test_a_node_that_dies(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """kill -9 of a node's daemon and everything on it: requeued on other nodes, the same figures."""
+    run = tmp_path / "run"
+    first, second = submit(slurm, recipe, run, machine(tmp_path, preflight=False))
+    metrics = run / "metrics.jsonl"
+    slurm.until(lambda: metrics.exists() and '"step": 3,' in metrics.read_text(), "step 3")
+    victim = next(
+        node for node in slurm.nodes if node in slurm.run("scontrol", "show", "hostnames", slurm.job(first)["NodeList"]).split()[1:]
+    )
+    slurm.kill_node(victim)
+    try:
+        assert slurm.ended(second, 250) == "COMPLETED", log(run)
+        assert figures(run) == figures(undisturbed)
+    finally:
+        slurm.start_node(victim)
+        slurm.until(lambda: slurm.run("sinfo", "-h", "-n", victim, "-o", "%t") == "idle", f"{victim} back")
+
+
+def test_cancelled(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
+    """scancel of the first job takes the chain with it; submitted again it goes on."""
+    run, cluster = tmp_path / "run", machine(tmp_path, preflight=False)
+    first, second = submit(slurm, recipe, run, cluster)
+    command = [sys.executable, "-m", "minimax_train.cli", "submit", str(recipe), "--to", str(run), "--cluster", str(cluster)]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=100, env=slurm.environment, cwd=HOME)
+    assert again.returncode == 2 and f"{first} (64)" in again.stderr
+    metrics = run / "metrics.jsonl"
+    slurm.until(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), "step 2")
+    slurm.run("scancel", str(first))
+    assert slurm.ended(first) == "CANCELLED" and slurm.ended(second) == "CANCELLED"
+    assert len(submit(slurm, recipe, run, cluster)) == 4
+    slurm.run("scancel", *(str(job) for job in [job["job"] for job in recorded(run)][2:]))
+    assert (run / "slurm" / "code" / "minimax_train" / "cli.py").exists()
