@@ -192,19 +192,23 @@ class Plan:
 
     def check_ranks(self, ranks: int) -> None:
         """Refuses a number of ranks that the layout or a stage's batch does not divide into."""
-        for stage in self.stages:
-            layout = stage.layout or self.layout
-            data = layout.data(ranks)
-            for size in dict.fromkeys(part.batch_tokens for part in stage.parts):
-                rows = size // stage.length
-                if rows % data:
-                    raise ValueError(
-                        f"stage {stage.name!r}: {rows} rows in a batch (batch_tokens {size} / length {stage.length}) do not divide over "
-                        f"{data} data-parallel ranks: change batch_tokens or the ranks"
-                    )
-                if layout.virtual_pipeline > 1 and rows // data % layout.pipeline:
-                    raise ValueError(
-                        f"stage {stage.name!r}: {rows // data} rows in a batch for each of {data} data-parallel ranks, not a multiple of "
-                        f"layout.pipeline {layout.pipeline}, as interleaving needs: change batch_tokens, or set "
-                        "layout.virtual_pipeline=1"
-                    )
+        for number in range(len(self.stages)):
+            self.check_stage_ranks(number, ranks)
+
+    def check_stage_ranks(self, number: int, ranks: int) -> None:
+        """The same of stage number `number` alone."""
+        stage, layout = self.stages[number], self.layout_of(number)
+        data = layout.data(ranks)
+        for size in dict.fromkeys(part.batch_tokens for part in stage.parts):
+            rows = size // stage.length
+            if rows % data:
+                raise ValueError(
+                    f"stage {stage.name!r}: {rows} rows in a batch (batch_tokens {size} / length {stage.length}) do not divide over "
+                    f"{data} data-parallel ranks: change batch_tokens or the ranks"
+                )
+            if layout.virtual_pipeline > 1 and rows // data % layout.pipeline:
+                raise ValueError(
+                    f"stage {stage.name!r}: {rows // data} rows in a batch for each of {data} data-parallel ranks, not a multiple of "
+                    f"layout.pipeline {layout.pipeline}, as interleaving needs: change batch_tokens, or set "
+                    "layout.virtual_pipeline=1"
+                )
