@@ -85,26 +85,30 @@ def stage_memory(plan: Plan, number: int, ranks: int, *, device: Device = "cuda"
         chunks = cut.held(rank)
         weights = count_weights(plan, layout, chunks, ranks)
         held = [_chunk_kept(plan, s, layers) for layers in chunks]
-        worst = max(
-            (
-                (sum(n * total(held[c]) for c, n in (counts - Counter([chunk])).items()) + alive.bytes, alive, chunk, counts)
-                for chunk, counts in moments(layout, rank, rows)
-                for alive in _alive(plan, s, chunks[chunk])
-            ),
+        alive = [_alive(plan, s, layers) for layers in chunks]
+        cases = {(chunk, tuple(sorted(counts.items()))) for chunk, counts in moments(layout, rank, rows)}
+        _, most, others = max(
+            (_worst(held, Counter(dict(counts)) - Counter([chunk]), alive[chunk]) for chunk, counts in sorted(cases)),
             key=lambda found: found[0],
         )
-        found.append(_rank(rank, chunks, s, weights, held, buffers, *worst[1:]))
+        found.append(_rank(rank, chunks, s, weights, held, buffers, most, others))
     return StageMemory(stage=stage.name, recompute=stage.recompute, ranks=tuple(found))
 
 
+def _worst(held: list[list[Kept]], others: Counter[int], alive: list[_Alive]) -> tuple[int, _Alive, Counter[int]]:
+    """Bytes of activations, the moment of a backward pass when they are most, and the rows that wait, by chunk."""
+    most = max(alive, key=lambda moment: moment.bytes)
+    return sum(count * total(held[chunk]) for chunk, count in others.items()) + most.bytes, most, others
+
+
 def _rank(
-    rank: int, chunks: tuple[range, ...], s: Sizes, weights: Weights, held: list[list[Kept]], buffers: int, alive: _Alive, chunk: int, counts: Counter[int]
+    rank: int, chunks: tuple[range, ...], s: Sizes, weights: Weights, held: list[list[Kept]], buffers: int, alive: _Alive, others: Counter[int]
 ) -> RankMemory:
     kept: Counter[str] = Counter()
     for tensor in alive.kept:
         kept[tensor.part] += tensor.bytes
-    for other, count in (counts - Counter([chunk])).items():
-        for tensor in held[other]:
+    for chunk, count in others.items():
+        for tensor in held[chunk]:
             kept[tensor.part] += count * tensor.bytes
     states, logits = kept.pop("states", 0), kept.pop("head", 0)
     of_head = alive.moment == "head's gradient"
@@ -113,7 +117,7 @@ def _rank(
     return RankMemory(
         rank=rank,
         layers=chunks,
-        rows_held=0 if idle else counts.total(),
+        rows_held=0 if idle else others.total() + 1,
         parameters=weights.parameters,
         gradients=weights.gradients,
         optimizer=weights.optimizer,
