@@ -100,7 +100,7 @@ def _too_much(rank: RankMemory, machine: Machine) -> str:
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
     return (
         f"does not fit: pipeline rank {rank.rank} needs {rank.peak / GIB:.1f} GiB of the {machine.usable / GIB:.1f} that {machine.name} has "
-        f"for tensors ({listed}; {rank.rows_held} rows in flight)"
+        f"for tensors ({listed}; rows in flight: {rank.rows_held})"
     )
 
 
@@ -115,7 +115,7 @@ def _instead(plan: Plan, number: int, ranks: int, machine: Machine) -> str:
             continue
         if peak <= machine.usable:
             return f": {said} would fit ({peak / GIB:.1f} GiB)"
-    return f": no single change of recompute, context, tensor, pipeline or expert fits on {ranks} GPUs; use more of them"
+    return f": no single change of recompute, context, tensor, pipeline or expert fits on {ranks} GPUs: combine several, or use more"
 
 
 def _changes(plan: Plan, number: int) -> Iterator[tuple[str, Plan]]:

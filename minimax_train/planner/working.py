@@ -82,7 +82,8 @@ def lightning_scratch(s: Sizes) -> int:
     most = max(1, FEWEST_TOKENS // chunk, BLOCK_NUMBERS // (chunk * s.width))
     n = min(most, -(-s.gathered // chunk))
     rows = n * chunk * (7 * s.width + s.heads * chunk) * s.bytes
-    return rows + 2 * (n + 1) * s.state + n * s.state * s.bytes // 4
+    decays = 2 * n * chunk * max(s.width, s.heads * chunk) * 4 if s.bytes == 2 else 0  # times fp32 decays, in fp32 and then rounded
+    return rows + decays + 2 * (n + 1) * s.state + n * s.state * s.bytes // 4
 
 
 def _softmax(s: Sizes) -> list[Moment]:
@@ -98,10 +99,10 @@ def _softmax(s: Sizes) -> list[Moment]:
 
 
 def head_moment(s: Sizes) -> Moment:
-    """kernels/cross_entropy.py, backward: gradients of x and of the head in fp32, and a chunk of logits."""
+    """kernels/cross_entropy.py, backward: gradients of x and of the head in fp32, a chunk of logits, and the chunk before's gradient."""
     rows, weight = min(CHUNK, s.gathered), s.vocabulary * s.hidden
     wide = 4 if s.fp32_head else s.bytes
-    logits = rows * s.vocabulary * (12 if s.device == "cpu" else wide)
+    logits = rows * s.vocabulary * ((12 if s.device == "cpu" else wide) + (wide if s.gathered > CHUNK else 0))
     product = rows * s.vocabulary * wide + weight * wide
     copy = weight * 4 if s.fp32_head and s.bytes == 2 else 0
     largest = max(logits, product, weight * s.bytes if s.bytes == 2 else 0)

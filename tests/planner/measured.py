@@ -12,7 +12,7 @@ from minimax_train.engine.session import session
 from minimax_train.model.row import Row
 from minimax_train.plan import Plan
 from parallel.collectives import wait_for_all
-from parallel.world import Place
+from parallel.world import Place, meet
 
 GLOO = "c10d::"
 """In the names of what gloo copies before it reduces, and lets go at some later time. NCCL makes no copies."""
@@ -33,32 +33,40 @@ class Measured:
     """The largest allocations that are live at the peak: bytes, and the operator that made them."""
 
 
-def measure(place: Place, plan: Plan) -> Measured:
-    """Two steps of the plan's first stage on rows of made-up tokens, each of them one document."""
+def measure_all(place: Place, plans: list[Plan]) -> list[Measured]:
+    """Each plan's first stage, one after the other: starting processes takes longer than training."""
     torch.set_num_threads(1)
+    store = meet(place)
+    return [_measure(place, store, number, plan) for number, plan in enumerate(plans)]
+
+
+def _measure(place: Place, store: Any, number: int, plan: Plan) -> Measured:
+    """Two steps on rows of made-up tokens, each of them one document."""
     stage = plan.stages[0]
     layout = stage.layout or plan.layout
-    with session("cpu", layout, place) as joined, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    settings: dict[str, Any] = {"activities": [ProfilerActivity.CPU], "profile_memory": True}
+    with session("cpu", layout, place, store=store, number=number) as joined, profile(**settings) as profiler:
         from minimax_train.engine.trainer import Trainer
 
         trainer = Trainer(plan, joined)
-        for decoder in trainer.decoders:
-            decoder.rope_base, decoder.recompute = stage.rope_base, stage.recompute
         draw = torch.Generator().manual_seed(joined.groups.data.rank())
         rows = [_row(plan, stage.length, draw).cut(layout, joined.groups.context.rank) for _ in range(_count(plan, place.size))]
         busiest: list[float] = []
         for decoder in trainer.decoders:
+            decoder.rope_base, decoder.recompute = stage.rope_base, stage.recompute
             for block in decoder.blocks.values():
                 block.experts.register_forward_hook(lambda module, given, out: busiest.append(_share(module, out[1], layout)))
         trainer.step(rows, 1e-3)
-        for group in (joined.groups.tensor, joined.groups.world, joined.groups.data_context) * 4:
+        groups = joined.groups
+        for group in (groups.tensor, groups.world, groups.data_context, groups.expert.group, groups.expert_tensor.group) * 16:
             wait_for_all(group)  # gloo's threads hold on to what they sent last
         with record_function(BEFORE):
             pass
         trainer.step(rows, 1e-3)
         with record_function(AFTER):
             pass
-    return _read(list(_events(profiler.profiler.kineto_results.experimental_event_tree())), sum(busiest) / len(busiest))  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    return _read(list(_events(results.experimental_event_tree())), sum(busiest) / len(busiest))
 
 
 def _count(plan: Plan, ranks: int) -> int:
