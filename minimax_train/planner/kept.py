@@ -104,7 +104,12 @@ def _lightning(s: Sizes) -> list[Kept]:
     return [
         *tensors,
         *states,
-        Kept(part="mixer", name="o, gate and the output norm's y", shape="3 [G, A] b, [G] fp32", bytes=s.gathered * (3 * s.width * s.bytes + 4)),
+        Kept(
+            part="mixer",
+            name="o, gate and the output norm's y",
+            shape="3 [G, A] b, [G] fp32",
+            bytes=s.gathered * (3 * s.width * s.bytes + 4),
+        ),
     ]
 
 

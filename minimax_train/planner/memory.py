@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 from minimax_train.model.recompute import Recompute
+from minimax_train.plan import Plan
 from minimax_train.planner.in_flight import moments
 from minimax_train.planner.kept import Kept, batch_rows, head_kept, layer_input, layer_kept, row_kept, total
 from minimax_train.planner.sizes import IMBALANCE, Device, Sizes, sizes_of
 from minimax_train.planner.weights import Weights, count_weights
 from minimax_train.planner.working import Moment, head_moment, layer_moments
-from minimax_train.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def stage_memory(plan: Plan, number: int, ranks: int, *, device: Device = "cuda"
     stage, layout = plan.stages[number], plan.layout_of(number)
     s = sizes_of(plan, number, device=device, imbalance=imbalance)
     cut = plan.cut(layout)
-    rows = max(part.batch_tokens for part in stage.parts) // stage.length // layout.data(ranks)
+    rows = max(1, max(part.batch_tokens for part in stage.parts) // stage.length // layout.data(ranks))
     buffers = batch_rows(s, rows) + (s.gathered * s.hidden * s.bytes if s.tensor > 1 else 0)
     found = []
     for rank in range(layout.pipeline):
@@ -102,7 +102,14 @@ def _worst(held: list[list[Kept]], others: Counter[int], alive: list[_Alive]) ->
 
 
 def _rank(
-    rank: int, chunks: tuple[range, ...], s: Sizes, weights: Weights, held: list[list[Kept]], buffers: int, alive: _Alive, others: Counter[int]
+    rank: int,
+    chunks: tuple[range, ...],
+    s: Sizes,
+    weights: Weights,
+    held: list[list[Kept]],
+    buffers: int,
+    alive: _Alive,
+    others: Counter[int],
 ) -> RankMemory:
     kept: Counter[str] = Counter()
     for tensor in alive.kept:
@@ -144,12 +151,12 @@ def _chunk_kept(plan: Plan, s: Sizes, layers: range) -> list[Kept]:
 
 
 def _passed(plan: Plan, s: Sizes, layers: range) -> list[Kept]:
-    """What the chunk before sent; the interleaved schedule holds what this one sends on too."""
+    """What the chunk before sent, where the first layer keeps a copy of it; the interleaved schedule holds what this one sends on too."""
     one = s.tokens * s.hidden * s.bytes
     received = [Kept(part="input", name="what the chunk before sent", shape="[T, C] b", bytes=one)]
     sent = [Kept(part="input", name="what the next chunk got", shape="[T, C] b", bytes=one)]
     held = s.interleaved and layers.stop < plan.model.num_layers
-    return [*(received if layers.start > 0 else []), *(sent if held else [])]
+    return [*(received if layers.start > 0 and s.copies_input and s.recompute != "full" else []), *(sent if held else [])]
 
 
 def _alive(plan: Plan, s: Sizes, layers: range) -> list[_Alive]:
@@ -164,11 +171,13 @@ def _alive(plan: Plan, s: Sizes, layers: range) -> list[_Alive]:
     for count in range(len(layers), 0, -1):
         kind = kinds[layers[count - 1]]
         own, earlier = layer_kept(s, kind), [tensor for kept in each[: count - 1] for tensor in kept]
-        if s.recompute == "full":
-            earlier += layer_input(s)
+        if s.recompute == "full" and s.copies_input:
+            earlier += layer_input(s)[:1]
         for moment in layer_moments(s, kind):
             left = _left(own, moment)
-            found.append(_Alive(kept=(*before, *earlier, *left), working=moment.bytes, moment=f"{kind} layer {layers[count - 1]}: {moment.name}"))
+            found.append(
+                _Alive(kept=(*before, *earlier, *left), working=moment.bytes, moment=f"{kind} layer {layers[count - 1]}: {moment.name}")
+            )
     return found
 
 

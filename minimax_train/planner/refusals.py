@@ -3,10 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from minimax_train.model.recompute import Recompute
 from minimax_train.plan import Plan
 from minimax_train.planner.machine import GIB, Machine
 from minimax_train.planner.memory import RankMemory, StageMemory, stage_memory
 from parallel.layout import Layout
+
+STRONGER: dict[Recompute, tuple[Recompute, ...]] = {"none": ("selective", "full"), "selective": ("full",), "full": ()}
+"""What keeps less, the cheaper first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +103,8 @@ def _too_much(rank: RankMemory, machine: Machine) -> str:
     }
     listed = ", ".join(f"{name} {size / GIB:.1f}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
     return (
-        f"does not fit: pipeline rank {rank.rank} needs {rank.peak / GIB:.1f} GiB of the {machine.usable / GIB:.1f} that {machine.name} has "
-        f"for tensors ({listed}; rows in flight: {rank.rows_held})"
+        f"does not fit: pipeline rank {rank.rank} needs {rank.peak / GIB:.1f} GiB of the {machine.usable / GIB:.1f} that {machine.name} "
+        f"has for tensors ({listed}; rows in flight: {rank.rows_held})"
     )
 
 
@@ -121,12 +125,14 @@ def _instead(plan: Plan, number: int, ranks: int, machine: Machine) -> str:
 def _changes(plan: Plan, number: int) -> Iterator[tuple[str, Plan]]:
     """Recomputation, then more ranks of one kind, then both."""
     layout, stage = plan.layout_of(number), plan.stages[number]
-    again = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[stage.recompute]
-    layouts = []
+    again = STRONGER[stage.recompute]
+    layouts = list[tuple[str, Layout]]()
     for factor in (2, 4, 8):
         for name in ("context", "tensor", "pipeline", "expert", "expert_tensor"):
             try:
-                layouts.append((f"layout.{name}={factor * getattr(layout, name)}", replace(layout, **{name: factor * getattr(layout, name)})))
+                layouts.append(
+                    (f"layout.{name}={factor * getattr(layout, name)}", replace(layout, **{name: factor * getattr(layout, name)}))
+                )
             except ValueError:
                 continue
     for recompute in again:
@@ -140,7 +146,7 @@ def _changes(plan: Plan, number: int) -> Iterator[tuple[str, Plan]]:
                 continue
 
 
-def with_layout(plan: Plan, number: int, layout: Layout, recompute: str | None = None) -> Plan:
+def with_layout(plan: Plan, number: int, layout: Layout, recompute: Recompute | None = None) -> Plan:
     """The plan with another layout (and recompute) in one stage. ValueError where the model or the rows do not take it."""
     stages = list(plan.stages)
     stages[number] = replace(stages[number], layout=layout, recompute=recompute or stages[number].recompute)

@@ -80,16 +80,17 @@ def judge(plan: Plan, gpus: int, machine: Machine) -> Verdict:
     """Every stage of the plan. ValueError where `gpus` is no number of GPUs."""
     if gpus < 1:
         raise ValueError(f"--gpus is {gpus}; it must be at least 1")
-    return Verdict(plan=plan.name, gpus=gpus, machine=machine, stages=tuple(_stage(plan, i, gpus, machine) for i in range(len(plan.stages))))
+    return Verdict(
+        plan=plan.name, gpus=gpus, machine=machine, stages=tuple(_stage(plan, i, gpus, machine) for i in range(len(plan.stages)))
+    )
 
 
 def _stage(plan: Plan, number: int, gpus: int, machine: Machine) -> StageVerdict:
     stage, layout = plan.stages[number], plan.layout_of(number)
-    try:
-        layout.data(gpus)
-        memory, balanced = (stage_memory(plan, number, gpus, imbalance=imbalance) for imbalance in (IMBALANCE, 1.0))
-    except ValueError:
-        memory = balanced = None
+    both = list[StageMemory]()
+    if _divides(layout, gpus):
+        both = [stage_memory(plan, number, gpus, imbalance=imbalance) for imbalance in (IMBALANCE, 1.0)]
+    memory, balanced = both or (None, None)
     return StageVerdict(
         name=stage.name,
         length=stage.length,
@@ -100,6 +101,13 @@ def _stage(plan: Plan, number: int, gpus: int, machine: Machine) -> StageVerdict
         refused=tuple(refusals(plan, number, gpus, machine, memory)),
         notes=tuple(notes(plan, number, machine)),
     )
+
+
+def _divides(layout: Layout, gpus: int) -> bool:
+    try:
+        return layout.data(gpus) > 0
+    except ValueError:
+        return False
 
 
 def _figures(stage: StageVerdict) -> tuple[int, ...]:

@@ -65,6 +65,11 @@ class Sizes:
         return self.tokens * self.choices
 
     @property
+    def copies_input(self) -> bool:
+        """Whether a layer's norm keeps its input in another dtype, and so another tensor."""
+        return self.device == "cpu" and self.bytes == 2
+
+    @property
     def state(self) -> int:
         """Bytes of one lightning state of all heads of this rank, fp32."""
         return self.heads * self.head_size**2 * 4

@@ -1,7 +1,7 @@
 """What is needed for a moment only, beside what is kept: by a layer's backward pass and the head's, at their largest.
 
-Read from the code like kept.py, whose letters these are. W is the weights of this rank's experts of one layer, V its part of the vocabulary.
-A figure is of all that lives at that moment and is not kept: gradients on their way, copies that exchanges send and fill, products.
+Read from the code like kept.py, whose letters these are; V is this rank's part of the vocabulary. A figure is of all that lives at that
+moment and is not kept: gradients on their way, copies that exchanges send and fill, products.
 """
 
 from dataclasses import dataclass

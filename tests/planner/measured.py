@@ -11,12 +11,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minimax_train.engine.session import session
 from minimax_train.model.row import Row
 from minimax_train.plan import Plan
-from parallel.collectives import wait_for_all
 from parallel.world import Place, meet
 
 GLOO = "c10d::"
 """In the names of what gloo copies before it reduces, and lets go at some later time. NCCL makes no copies."""
-BEFORE, AFTER = "before the second step", "after the second step"
+LASTING = ("Optimizer.step", "LinearWithGradAccumulationAndAsyncCommunication / aten::empty")
+"""How the names of what the first step makes for good begin: moments, and megatron-core's buffer of gathered tokens. All else that is still
+there after it is a tensor or two that a gloo thread sent and holds on to until it sends another."""
+READY, BEFORE, AFTER = "before the first step", "before the second step", "after the second step"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +26,7 @@ class Measured:
     """Of one rank, in bytes."""
 
     static: int
-    """Between two steps: parameters, gradients, optimizer."""
+    """What is there before the second step and still after it: parameters, gradients, optimizer, the batch's rows."""
     peak: int
     """The most in the second step (the first makes what later ones find)."""
     busiest: float
@@ -56,10 +58,9 @@ def _measure(place: Place, store: Any, number: int, plan: Plan) -> Measured:
             decoder.rope_base, decoder.recompute = stage.rope_base, stage.recompute
             for block in decoder.blocks.values():
                 block.experts.register_forward_hook(lambda module, given, out: busiest.append(_share(module, out[1], layout)))
+        with record_function(READY):
+            pass
         trainer.step(rows, 1e-3)
-        groups = joined.groups
-        for group in (groups.tensor, groups.world, groups.data_context, groups.expert.group, groups.expert_tensor.group) * 16:
-            wait_for_all(group)  # gloo's threads hold on to what they sent last
         with record_function(BEFORE):
             pass
         trainer.step(rows, 1e-3)
@@ -89,7 +90,7 @@ def _share(module: Any, routing: Any, layout: Any) -> float:
 def _events(tree: Any, operator: str = "") -> Iterator[tuple[int, str, Any]]:
     """(time, the outermost operators' names, the allocation or None for a mark)."""
     for event in tree:
-        if event.name in (BEFORE, AFTER):
+        if event.name in (READY, BEFORE, AFTER):
             yield event.start_time_ns, event.name, None
         elif event.name == "[memory]":
             yield event.start_time_ns, operator, event.typed[1]
@@ -98,20 +99,23 @@ def _events(tree: Any, operator: str = "") -> Iterator[tuple[int, str, Any]]:
 
 def _read(events: list[tuple[int, str, Any]], busiest: float) -> Measured:
     events.sort(key=lambda event: event[0])
-    live: dict[int, tuple[int, str]] = {}
-    held = static = peak = 0
-    inside, at_peak = False, list[tuple[int, str]]()
-    for _, name, allocation in events:
-        if allocation is None:
-            inside, static = name == BEFORE, held if name == BEFORE else static
-            peak = max(peak, held)
-            continue
-        size, pointer = allocation.alloc_size, allocation.ptr
-        if size > 0 and GLOO not in name:
-            live[pointer] = size, name
-            held += size
-        elif size < 0 and pointer in live:
-            held -= live.pop(pointer)[0]
-        if inside and held > peak:
-            peak, at_peak = held, sorted(live.values(), reverse=True)[:60] if held > 1.02 * peak else at_peak
+    live: dict[int, tuple[int, str, int]] = {}  # by address: bytes, name, time
+    before, at_peak = dict(live), list[tuple[int, str]]()
+    held = static = peak = ready = 0
+    for time, name, allocation in events:
+        if name == READY:
+            ready = time
+        elif name == BEFORE:
+            before = {pointer: one for pointer, one in live.items() if one[2] < ready or one[1].startswith(LASTING)}
+        elif name == AFTER:
+            static = sum(one[0] for pointer, one in before.items() if live.get(pointer) == one)
+            break
+        elif allocation.alloc_size > 0 and GLOO not in name:
+            live[allocation.ptr] = allocation.alloc_size, name, time
+            held += allocation.alloc_size
+        elif allocation.alloc_size < 0 and allocation.ptr in live:
+            held -= live.pop(allocation.ptr)[0]
+        if before and held > peak:
+            at_peak = [one[:2] for one in sorted(live.values(), reverse=True)[:30]] if held > 1.02 * peak else at_peak
+            peak = held
     return Measured(static=static, peak=peak, busiest=busiest, live=tuple(at_peak))

@@ -54,7 +54,11 @@ CASES: dict[tuple[int, bool], dict[str, Plan]] = {
         "expert, token groups, bf16": plan(rows=2, layout=Layout(expert=2, token_groups=2), precision="bf16"),
         "pipeline": plan(length=1024, rows=3, layout=Layout(pipeline=2)),
     },
-    (1, True): {"fp32, full": plan(recompute="full"), "bf16, selective": plan(precision="bf16", recompute="selective"), "long": plan(length=8192)},
+    (1, True): {
+        "fp32, full": plan(recompute="full"),
+        "bf16, selective": plan(precision="bf16", recompute="selective"),
+        "long": plan(length=8192),
+    },
     (2, True): {
         "data": plan(rows=2),
         "tensor, bf16, full": plan(layout=Layout(tensor=2), precision="bf16", recompute="full"),
@@ -94,10 +98,10 @@ def test_predicted_is_measured(ranks: int, slow: bool, name: str) -> None:
         ours = stage_memory(case, 0, ranks, device="cpu", imbalance=busiest.busiest).ranks[stage]
         print(f"{name} | {stage} | {ours.static:,} | {busiest.static:,} | {ours.peak - ours.static:,} | {busiest.peak - busiest.static:,}")
         said = f"at {ours.moment}; live there: {busiest.live[:12]}"
-        gloo = 0.12 if case.layout.tensor * case.layout.expert > 1 else 0.02  # its threads may still hold a tensor or two that they sent
-        assert ours.static == pytest.approx(busiest.static, rel=gloo), said
-        assert ours.peak - ours.static == pytest.approx(busiest.peak - busiest.static, rel=0.1), said
-        assert ours.peak == pytest.approx(busiest.peak, rel=0.1), said
+        assert ours.static == pytest.approx(busiest.static, rel=0.01), said
+        bound = 0.05 if ranks == 1 else 0.1  # gloo's threads hold on to a tensor or two, now longer, now shorter
+        assert ours.peak - ours.static == pytest.approx(busiest.peak - busiest.static, rel=bound), said
+        assert ours.peak == pytest.approx(busiest.peak, rel=bound), said
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(pipeline=4), Layout(pipeline=2, virtual_pipeline=2)])
