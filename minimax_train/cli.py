@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe(add("show", _show, "Print the resolved plan as YAML, which is itself a RECIPE."))
     counted = recipe(add("count", _count, "Parameters and FLOPs per token, without allocating anything."))
     counted.add_argument("--json", action="store_true")
+    _add_plan(recipe(add("plan", _plan, "Memory per rank of every stage on so many GPUs; refused layouts, and why. Allocates nothing.")))
     trained = recipe(add("train", _train, "Run every stage of a plan; goes on by itself where the run stopped."))
     trained.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder")
     trained.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
@@ -118,6 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--space", metavar="PATH", type=Path, default=Path(), help="with --node: where the run writes")
     doctor.add_argument("--free-gib", metavar="N", type=int, default=0, help="with --node: free space wanted there")
     return parser
+
+
+def _add_plan(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--gpus", metavar="N", type=int, required=True, help="how many: ranks of the run")
+    made.add_argument("--gpu", metavar="KIND", default="h800", help="h800 (the default), h100, a100 or h200")
+    made.add_argument("--json", action="store_true", help="bytes, of every pipeline rank")
 
 
 def _add_data(add: Any, to: Any) -> None:
@@ -245,6 +252,18 @@ def _count(a: argparse.Namespace) -> int:
         forward, training = (flops[kind] / 1e9 for kind in ("forward", "training"))
         print(f"GFLOP per token at one document of {int(length):,}: forward {forward:.4g}, training {training:.4g}")
     return 0
+
+
+def _plan(a: argparse.Namespace) -> int:
+    from minimax_train.planner.machine import find_machine
+    from minimax_train.planner.report import judge
+    from minimax_train.recipe import load_plan
+
+    verdict = judge(load_plan(a.recipe, a.settings), a.gpus, find_machine(a.gpu))
+    print(verdict.as_json() if a.json else verdict.table(), flush=True)
+    for line in verdict.refused:
+        print(f"minimax-train: refused: {line}", file=sys.stderr)
+    return 2 if verdict.refused else 0
 
 
 def _train(a: argparse.Namespace) -> int:

@@ -219,21 +219,24 @@ class Plan:
 
     def check_ranks(self, ranks: int, only: str | None = None) -> None:
         """Refuses a number of ranks that a layout or a batch of the stages (or of the one named) does not divide into."""
-        for stage in self.stages:
-            if only not in (None, stage.name):
-                continue
-            layout = stage.layout or self.layout
-            data = layout.data(ranks)
-            for size in dict.fromkeys(part.batch_tokens for part in stage.parts):
-                rows = size // stage.length
-                if rows % data:
-                    raise ValueError(
-                        f"stage {stage.name!r}: {rows} rows in a batch (batch_tokens {size} / length {stage.length}) do not divide over "
-                        f"{data} data-parallel ranks: change batch_tokens or the ranks"
-                    )
-                if layout.virtual_pipeline > 1 and rows // data % layout.pipeline:
-                    raise ValueError(
-                        f"stage {stage.name!r}: {rows // data} rows in a batch for each of {data} data-parallel ranks, not a multiple of "
-                        f"layout.pipeline {layout.pipeline}, as interleaving needs: change batch_tokens, or set "
-                        "layout.virtual_pipeline=1"
-                    )
+        for number, stage in enumerate(self.stages):
+            if only in (None, stage.name):
+                self.check_stage_ranks(number, ranks)
+
+    def check_stage_ranks(self, number: int, ranks: int) -> None:
+        """The same of stage number `number` alone."""
+        stage, layout = self.stages[number], self.layout_of(number)
+        data = layout.data(ranks)
+        for size in dict.fromkeys(part.batch_tokens for part in stage.parts):
+            rows = size // stage.length
+            if rows % data:
+                raise ValueError(
+                    f"stage {stage.name!r}: {rows} rows in a batch (batch_tokens {size} / length {stage.length}) do not divide over "
+                    f"{data} data-parallel ranks: change batch_tokens or the ranks"
+                )
+            if layout.virtual_pipeline > 1 and rows // data % layout.pipeline:
+                raise ValueError(
+                    f"stage {stage.name!r}: {rows // data} rows in a batch for each of {data} data-parallel ranks, not a multiple of "
+                    f"layout.pipeline {layout.pipeline}, as interleaving needs: change batch_tokens, or set "
+                    "layout.virtual_pipeline=1"
+                )

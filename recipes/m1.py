@@ -47,14 +47,14 @@ def extend() -> Plan:
         batch_tokens=64 * M,
         learning_rate=LearningRate(peak=8e-6, warmup_steps=50),
         mixture=mixture(60, 40, 0),
-        layout=Layout(tensor=8, pipeline=10, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=4, expert=32),  # as many tokens a rank as at 8K; with context 1 it needs 125 GiB
     )
     second = replace(
         first,
         name="128K",
         length=128 * K,
         mixture=mixture(30, 70, 0, ramp_tokens=4 * B),
-        layout=Layout(tensor=8, pipeline=10, context=4, expert=32),
+        layout=Layout(tensor=8, pipeline=10, context=8, expert=32),  # with context 4 it does not fit: 97 GiB
         recompute="selective",
     )
     third = replace(

@@ -47,6 +47,7 @@ def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "",
         "show",
         "count",
+        "plan",
         "train",
         "data prepare",
         "data inspect",
