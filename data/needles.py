@@ -14,7 +14,7 @@ from typing import Literal, get_args
 Task = Literal["single", "multi_key", "variables"]
 TASKS: tuple[Task, ...] = get_args(Task)
 KEYS = 4
-"""Keys in `multi_key`, one of them asked for: RULER's niah_multikey_1 has as many."""
+"""Keys in `multi_key` where nothing else is said, one of them asked for: RULER's niah_multikey_1 has as many."""
 HOPS = 4
 """Links of a chain in `variables` behind its first assignment, as in RULER's. The second chain, of another value, is ours: with one alone
 every variable of the text is an answer."""
@@ -66,16 +66,16 @@ class Puzzle:
     questions: Sequence[tuple[Ids, Ids]]
 
 
-def make_sample(task: Task, words: Words, *, length: int, depth: float, draw: Random) -> Sample:
+def make_sample(task: Task, words: Words, *, length: int, depth: float, draw: Random, keys: int = KEYS) -> Sample:
     """A sample of `length` ids with one question, at its end: what it asks for stands at `depth`.
 
-    single: one key has a value. multi_key: four keys do, three of them anywhere. variables: a chain of assignments begins at `depth` and
+    single: one key has a value. multi_key: `keys` keys do, all but one of them anywhere. variables: a chain of assignments begins at `depth` and
     goes on anywhere behind, another one anywhere; asked are the five variables of the first, in their order. Raises ValueError where
-    `length` is too short.
+    `length` is too short, or there are fewer words than keys.
     """
     if task == "variables":
         return hide(_variables(words, depth, draw), words, length, draw)
-    depths = [depth, *(draw.random() for _ in range(KEYS - 1 if task == "multi_key" else 0))]
+    depths = [depth, *(draw.random() for _ in range(keys - 1 if task == "multi_key" else 0))]
     return hide(key_values(words, depths, draw, questions=[0]), words, length, draw)
 
 

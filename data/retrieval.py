@@ -5,7 +5,7 @@ and at its end questions, which may come again. They become token files as `data
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -95,3 +95,21 @@ def write_retrieval(prefix: Path, vocabulary: Vocabulary, *, length: int, docume
 
     with Progress(f"retrieval {prefix}", documents * length, quiet=True) as progress:
         return write_dataset(made(), tokenizer, prefix, progress=progress)
+
+
+GROWING = Vocabulary(keys=32, values=32, filler=13)
+"""Of `write_lengths`: 80 words. Few keys, for a small model finds the mechanism after some hundred steps with 32 and not with 128. Ours."""
+TOKENS_A_KEY = 64
+"""In `write_lengths` a document of so many tokens hides one key at most, one of n times as many n. Ours."""
+
+
+def write_lengths(
+    folder: Path, documents: Mapping[int, int], seed: int, *, vocabulary: Vocabulary = GROWING, tokens_a_key: int = TOKENS_A_KEY
+) -> None:
+    """Writes FOLDER/256 and so on, token files with documents of one length each, and FOLDER/validation of the shortest, for
+    `recipes.tiny:retrieval`: {length: how many}. Keys and questions grow with the length. ValueError as from `write_retrieval`."""
+    shortest = min(documents)
+    parts = [(str(length), length, count, seed) for length, count in documents.items()]
+    for name, length, count, drawn in (*parts, ("validation", shortest, 64, seed + 1_000_000)):
+        pairs, questions = max(1, length // tokens_a_key), length // 8
+        write_retrieval(folder / name, vocabulary, length=length, documents=count, pairs=pairs, questions=questions, seed=drawn)

@@ -161,6 +161,7 @@ def _add_needle(made: argparse.ArgumentParser) -> None:
         "--depths", metavar="N|X,X,...", default="5", help="how many, or which: 0 before all else, 1 right before the question"
     )
     made.add_argument("--tasks", metavar="T,T,...", default="single,multi_key,variables", help="default: single,multi_key,variables")
+    made.add_argument("--keys", metavar="N|1/N", default="4", help="hidden in multi_key: how many (default: 4), or one for each N tokens of length")
     made.add_argument("--samples", metavar="N", type=int, default=8, help="of each task, length and depth (default: 8)")
     made.add_argument("--seed", metavar="N", type=int, default=1234)
     made.add_argument("--tokenizer", metavar="T", type=Path, help="default: of the run's data, or what came with the checkpoint")
@@ -540,7 +541,7 @@ def _positions(a: argparse.Namespace) -> int:
 def _needle(a: argparse.Namespace) -> int:
     import torch
 
-    from minimax_train.evaluate.grid import Asked, depths_of, layout_of, lengths_of, tasks_of
+    from minimax_train.evaluate.grid import Asked, depths_of, keys_of, layout_of, lengths_of, tasks_of
     from minimax_train.evaluate.tokenizer import run_of
     from parallel.world import run_local
 
@@ -550,6 +551,7 @@ def _needle(a: argparse.Namespace) -> int:
         tasks=tasks_of(a.tasks.split(",")),
         samples=a.samples,
         seed=a.seed,
+        keys=keys_of(a.keys),
     )
     layout, (place, ranks) = layout_of(a.settings), _ranks(a.ranks)
     layout.data(ranks)  # refuses what does not fit

@@ -5,11 +5,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from data.needles import TASKS, Sample, Task, Words, make_sample
+from data.needles import KEYS, TASKS, Sample, Task, Words, make_sample
 from minimax_train.checkpoint.record import Record
 from minimax_train.evaluate.tokenizer import run_of
 from minimax_train.recipe import load_layout
 from parallel.layout import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """How many keys `multi_key` hides: `count`, or where there is `every`, one for each so many tokens of length, at least one."""
+
+    count: int = KEYS
+    every: int | None = None
+
+    def at(self, length: int) -> int:
+        """At this length."""
+        return self.count if self.every is None else max(1, length // self.every)
+
+    def __str__(self) -> str:
+        return str(self.count) if self.every is None else f"1/{self.every}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +36,7 @@ class Grid:
     depths: tuple[float, ...]
     samples: int
     seed: int
+    keys: Keys = Keys()
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -38,7 +54,8 @@ class Grid:
 
     def sample(self, words: Words, task: Task, length: int, depth: float, number: int) -> Sample:
         """The same whatever else is asked, and on every machine."""
-        return make_sample(task, words, length=length, depth=depth, draw=Random(f"{self.seed}/{task}/{length}/{depth}/{number}"))
+        draw = Random(f"{self.seed}/{task}/{length}/{depth}/{number}")
+        return make_sample(task, words, length=length, depth=depth, draw=draw, keys=self.keys.at(length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +68,14 @@ class Asked:
     tasks: tuple[Task, ...] = TASKS
     samples: int = 8
     seed: int = 1234
+    keys: Keys = Keys()
 
     def grid(self, path: Path, record: Record) -> Grid:
         """Complete. ValueError for what cannot be asked."""
         run = run_of(path)
         of_run = () if run is None else tuple(dict.fromkeys(stage.length for stage in run.load_plan().stages))
         lengths = self.lengths or of_run or (record.max_positions,)
-        return Grid(tasks=self.tasks, lengths=lengths, depths=self.depths, samples=self.samples, seed=self.seed)
+        return Grid(tasks=self.tasks, lengths=lengths, depths=self.depths, samples=self.samples, seed=self.seed, keys=self.keys)
 
 
 def layout_of(settings: Sequence[str]) -> Layout:
@@ -87,6 +105,14 @@ def depths_of(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"--depths is {text!r}; write how many, such as 5, or depths from 0 to 1, such as 0,0.5,1") from None
+
+
+def keys_of(text: str) -> Keys:
+    """4 -> so many keys; 1/64 -> one for each 64 tokens. ValueError for what is neither."""
+    one, slash, every = text.partition("/")
+    if not one.isdecimal() or int(one) < 1 or slash and (one != "1" or not every.isdecimal() or int(every) < 1):
+        raise ValueError(f"--keys is {text!r}; write how many, such as 4, or 1/64: one for each 64 tokens of length")
+    return Keys(every=int(every)) if slash else Keys(count=int(one))
 
 
 def tasks_of(names: Sequence[str]) -> tuple[Task, ...]:

@@ -43,7 +43,8 @@ def score(decoder: Decoder, words: Words, grid: Grid, session: Session, *, told:
     `told` gets a line after each task and length. ValueError where a length is too short for a task.
     """
     for task in grid.tasks:  # before hours are spent on the others
-        grid.sample(words, task, min(grid.lengths), grid.depths[0], 0)
+        for length in (min(grid.lengths), max(grid.lengths)):
+            grid.sample(words, task, length, grid.depths[0], 0)
     cells: list[Cell] = []
     for task in grid.tasks:
         for length in grid.lengths:

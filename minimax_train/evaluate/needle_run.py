@@ -34,6 +34,8 @@ class Needles:
     """The longest row the weights were trained on."""
     rope_base: float
     seed: int
+    keys: str
+    """Hidden in `multi_key`: how many, or 1/N: one for each N tokens."""
     cells: list[Cell]
 
     def dump(self) -> str:
@@ -64,6 +66,7 @@ def evaluate_needle(path: Path, asked: Asked, tokenizer: Path | None, session: S
         trained_length=record.max_positions,
         rope_base=record.rope_base,
         seed=grid.seed,
+        keys=str(grid.keys),
         cells=cells,
     )
 

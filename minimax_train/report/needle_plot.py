@@ -13,7 +13,6 @@ from minimax_train.report.plots import Plot
 _TITLE = "Needles found, by length and depth"
 _SAID = {
     "single": "single: one key, one number",
-    "multi_key": "multi_key: four keys, one is asked for",
     "variables": "variables: which five have the value, in a chain",
 }
 _ROOM = (16, 20)  # lengths and depths up to which numbers fit into cells
@@ -27,7 +26,7 @@ def needle_plot(name: str, needles: NeedleMaps | None) -> Plot:
     figure = canvas.sheet(sum(heights) + 0.4, f"{name}: {_TITLE.lower()}, step {needles.step:,}")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, task in zip(parts, needles.tasks, strict=True):
-        _map(part, task, needles.trained_length)
+        _map(part, task, needles)
     means = "; ".join(f"{task.task} {_by_length(task)}" for task in needles.tasks)
     return Plot(
         name="needle",
@@ -45,11 +44,18 @@ def _by_length(task: TaskMap) -> str:
     return ", ".join(f"{value:.0%} at {length:,}" for length, value in zip(task.lengths, np.nanmean(task.accuracy, axis=0), strict=True))
 
 
-def _map(figure: SubFigure, task: TaskMap, trained_length: int) -> None:
+def _said(task: str, keys: str) -> str:
+    if task != "multi_key":
+        return _SAID.get(task, task)
+    every = keys.removeprefix("1/")
+    return f"multi_key: {f'{keys} keys' if every == keys else f'a key for each {every} tokens'}, one is asked for"
+
+
+def _map(figure: SubFigure, task: TaskMap, needles: NeedleMaps) -> None:
     axes: Axes = figure.add_subplot()
     canvas.style(axes, x="length, tokens", y="depth")
     axes.grid(False)
-    canvas.heading(axes, _SAID.get(task.task, task.task))
+    canvas.heading(axes, _said(task.task, needles.keys))
     image = axes.imshow(task.accuracy, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     axes.set_xticks(np.arange(-0.5, len(task.lengths)), minor=True)
     axes.set_yticks(np.arange(-0.5, len(task.depths)), minor=True)
@@ -64,7 +70,7 @@ def _map(figure: SubFigure, task: TaskMap, trained_length: int) -> None:
             if np.isfinite(value):
                 colour = INK if value > 0.55 else "white"  # viridis is bright above
                 axes.text(length, depth, f"{100 * value:.0f}", ha="center", va="center", fontsize=10.5, color=colour)
-    trained = int((task.lengths <= trained_length).sum())
+    trained = int((task.lengths <= needles.trained_length).sum())
     if trained < len(task.lengths):
         axes.axvline(trained - 0.5, color="white", linewidth=6, zorder=3)  # so that it stands out from every colour
         axes.axvline(trained - 0.5, color=VERMILION, linewidth=2.5, linestyle=(0, (4, 2)), zorder=4)

@@ -29,6 +29,7 @@ class NeedleMaps:
     step: int
     trained_length: int
     samples: int  # of a cell, at least
+    keys: str  # hidden in multi_key: how many, or 1/N: one for each N tokens
     tasks: tuple[TaskMap, ...]
 
 
@@ -48,6 +49,7 @@ def read_needles(value: Any, path: Path) -> NeedleMaps | None:
             step=int(value["step"]),
             trained_length=int(value["trained_length"]),
             samples=min(int(cell["samples"]) for cell in cells),
+            keys=str(value.get("keys", 4)),
             tasks=tuple(_map(task, cells) for task in dict.fromkeys(str(cell["task"]) for cell in cells)),
         )
     except (KeyError, TypeError, ValueError) as error:
