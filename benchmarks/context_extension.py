@@ -60,10 +60,8 @@ def short() -> Size:
             mixture=Mixture(weights={"64": 0.5, "256": 0.5}),
         ),
     )
-    sources = {name: source for name, source in zip(("64", "256"), plan.data.sources.values(), strict=False)}
-    plan = replace(
-        plan, model=replace(plan.model, vocab_size=48), data=replace(plan.data, sources=sources), stages=stages
-    )
+    sources = dict(zip(("64", "256"), plan.data.sources.values(), strict=False))
+    plan = replace(plan, model=replace(plan.model, vocab_size=48), data=replace(plan.data, sources=sources), stages=stages)
     return Size(
         plan=plan,
         vocabulary=Vocabulary(keys=16, values=16, filler=13),
@@ -91,7 +89,9 @@ def main() -> int:
         outcomes += pool.map(lambda one: extended(size, arguments.to, *one), asked)
     facts = machine() | {"load": load, "minutes": (time.monotonic() - begin) / 60}
     wrong = missed(outcomes, size.lengths[-1], gain=GAIN, after=AFTER)
-    wanted = f"Wanted of `staged` at {size.lengths[-1]:,}, in every seed: {100 * GAIN:.0f} points more than before, and {AFTER:.0%} at least"
+    wanted = (
+        f"Wanted of `staged` at {size.lengths[-1]:,}, in every seed: {100 * GAIN:.0f} points more than before, and {AFTER:.0%} at least"
+    )
     text = page(outcomes, size, facts, f"{wanted}: {'; '.join(wrong) or 'met'}.")
     print(text)
     if not arguments.short:

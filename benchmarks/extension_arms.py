@@ -166,5 +166,3 @@ def _verb(*arguments: object) -> None:
     print(f"{time.monotonic() - begin:4.0f} s $ minimax-train {' '.join(words)}", flush=True)
     if done.returncode:
         raise RuntimeError(f"minimax-train {' '.join(words)} ended with {done.returncode}: {done.stderr[-2000:]}")
-
-

@@ -101,7 +101,9 @@ def draw(outcomes: Sequence[Outcome], size: Size) -> bytes:
     """PNG: maps of length and depth, before and after each arm, means over seeds on one scale."""
     arms = [arm for arm in ("before", *ARMS) if of(outcomes, arm)]
     rows = -(-len(arms) // 2)
-    figure = canvas.sheet(0.8 + 2.35 * rows, f"The context grows: answers right, by length and depth, mean of {len(of(outcomes, arms[0]))} seeds")
+    figure = canvas.sheet(
+        0.8 + 2.35 * rows, f"The context grows: answers right, by length and depth, mean of {len(of(outcomes, arms[0]))} seeds"
+    )
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
     for number, (one, arm) in enumerate(zip(axes, arms, strict=False)):
         image = _map(one, of(outcomes, arm), size, arm, left=number % 2 == 0)

@@ -69,9 +69,9 @@ class Puzzle:
 def make_sample(task: Task, words: Words, *, length: int, depth: float, draw: Random, keys: int = KEYS) -> Sample:
     """A sample of `length` ids with one question, at its end: what it asks for stands at `depth`.
 
-    single: one key has a value. multi_key: `keys` keys do, all but one of them anywhere. variables: a chain of assignments begins at `depth` and
-    goes on anywhere behind, another one anywhere; asked are the five variables of the first, in their order. Raises ValueError where
-    `length` is too short, or there are fewer words than keys.
+    single: one key has a value. multi_key: `keys` keys do, all but one of them anywhere. variables: a chain of assignments begins at
+    `depth` and goes on anywhere behind, another one anywhere; asked are the five variables of the first, in their order. Raises ValueError
+    where `length` is too short, or there are fewer words than keys.
     """
     if task == "variables":
         return hide(_variables(words, depth, draw), words, length, draw)

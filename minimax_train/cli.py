@@ -161,7 +161,9 @@ def _add_needle(made: argparse.ArgumentParser) -> None:
         "--depths", metavar="N|X,X,...", default="5", help="how many, or which: 0 before all else, 1 right before the question"
     )
     made.add_argument("--tasks", metavar="T,T,...", default="single,multi_key,variables", help="default: single,multi_key,variables")
-    made.add_argument("--keys", metavar="N|1/N", default="4", help="hidden in multi_key: how many (default: 4), or one for each N tokens of length")
+    made.add_argument(
+        "--keys", metavar="N|1/N", default="4", help="hidden in multi_key: how many (default: 4), or one for each N tokens of length"
+    )
     made.add_argument("--samples", metavar="N", type=int, default=8, help="of each task, length and depth (default: 8)")
     made.add_argument("--seed", metavar="N", type=int, default=1234)
     made.add_argument("--tokenizer", metavar="T", type=Path, help="default: of the run's data, or what came with the checkpoint")
