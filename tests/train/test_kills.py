@@ -7,27 +7,29 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
-from minimax_train.recipe import as_tree, load_plan
+from minimax_train.recipe import load_plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-RANKS, STEPS, KILLS = 2, 12, 20
+RANKS, STEPS, KILLS = 2, (8, 6, 4), 20
 WITH_CLOCK = ("tokens_per_second", "mfu", "step_seconds")
 
 
 def settings() -> list[str]:
-    """The recipe's stages with fewer steps each, and a checkpoint every third step."""
-    said = ["checkpoints.every_steps=3", "checkpoints.keep=2", "validation.every_steps=5", "validation.tokens=40000"]
-    for number, stage in enumerate(load_plan("recipes.tiny:stdlib").stages):
-        rate = as_tree(load_plan("recipes.tiny:stdlib"))["stages"][number]["learning_rate"]
+    """The recipe's stages with fewer and smaller steps, and a checkpoint every third step."""
+    said = ["checkpoints.every_steps=3", "checkpoints.keep=2", "validation.every_steps=5", "validation.tokens=33000"]
+    for number, (stage, steps) in enumerate(zip(load_plan("recipes.tiny:stdlib").stages, STEPS, strict=True)):
+        batch, rate = RANKS * stage.length, stage.learning_rate
         said += [
-            f"stages.{number}.tokens={STEPS * stage.batch_tokens}",
-            f"stages.{number}.learning_rate.warmup_steps={min(rate['warmup_steps'], 3)}",
-            f"stages.{number}.learning_rate.decay_tokens={3 * stage.batch_tokens if rate['decay_tokens'] else 0}",
+            f"stages.{number}.batch_tokens={batch}",
+            f"stages.{number}.tokens={steps * batch}",
+            f"stages.{number}.learning_rate.warmup_steps={min(rate.warmup_steps, 3)}",
+            f"stages.{number}.learning_rate.decay_tokens={batch if rate.decay_tokens else 0}",
         ]
     return [argument for setting in said for argument in ("--set", setting)]
 
@@ -56,9 +58,9 @@ def test_twenty_kills(tmp_path: Path) -> None:
     _, error = whole.communicate()
     assert whole.returncode == 0, error.decode()
     expected = figures(tmp_path / "whole")
-    draw, stages = random.Random(8), len(load_plan("recipes.tiny:stdlib").stages)
-    transitions = [(STEPS * number + behind, delay) for number in range(1, stages) for behind, delay in ((0, 0.05), (0, 0.6), (1, 0.0))]
-    points = sorted(transitions + [(draw.randrange(STEPS * stages), draw.random()) for _ in range(KILLS - len(transitions))])
+    draw, borders = random.Random(8), list(accumulate(STEPS))
+    transitions = [(border + behind, delay) for border in borders[:-1] for behind, delay in ((0, 0.05), (0, 0.6), (1, 0.0))]
+    points = sorted(transitions + [(draw.randrange(borders[-1]), draw.random()) for _ in range(KILLS - len(transitions))])
     run, kills = tmp_path / "run", 0
     for step, delay in points:
         process = begin(run)
