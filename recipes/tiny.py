@@ -95,22 +95,22 @@ def retrieval() -> Plan:
             ),
             _longer(512, rope_base=30_000.0, weights={"256": 0.5, "512": 0.5}),
             _longer(1024, rope_base=100_000.0, weights={"256": 0.25, "512": 0.25, "1024": 0.5}),
-            _longer(2048, rope_base=300_000.0, weights={"256": 0.2, "512": 0.15, "1024": 0.15, "2048": 0.5}, final=1e-4),
+            _longer(2048, rope_base=300_000.0, weights={"256": 0.2, "512": 0.15, "1024": 0.15, "2048": 0.5}, tokens=327_680, final=1e-4),
         ),
         checkpoints=Checkpoints(every_steps=1000),
         validation=Validation(every_steps=100, tokens=8192),
     )
 
 
-def _longer(length: int, *, rope_base: float, weights: dict[str, float], final: float = 1e-3) -> Stage:
+def _longer(length: int, *, rope_base: float, weights: dict[str, float], tokens: int = 163_840, final: float = 1e-3) -> Stage:
     """A stage of retrieval's extension: the rate rises anew, for the moments belong to the shorter rows."""
     return Stage(
         name=str(length),
         length=length,
         rope_base=rope_base,
-        tokens=163_840,
+        tokens=tokens,
         batch_tokens=4096,
-        learning_rate=LearningRate(peak=1e-3, warmup_steps=5, final=final, decay_tokens=81_920),
+        learning_rate=LearningRate(peak=1e-3, warmup_steps=5, final=final, decay_tokens=tokens // 2),
         mixture=Mixture(weights=weights),
         packing="best_fit",
     )

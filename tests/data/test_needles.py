@@ -34,10 +34,10 @@ def test_lengths_are_exact_and_seeds_decide(words: Words, task: Task, length: in
     assert made[0] == made[1] != made[2]
 
 
-@pytest.mark.parametrize(("task", "keys"), [("single", 1), ("multi_key", 4)])
+@pytest.mark.parametrize(("task", "keys"), [("single", 1), ("multi_key", 4), ("multi_key", 9)])
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
 def test_a_reader_finds_the_number_at_its_depth(words: Words, tokenizer: Tokenizer, task: Task, keys: int, depth: float) -> None:
-    before, answer = parts(tokenizer, make_sample(task, words, length=3000, depth=depth, draw=Random(7)))
+    before, answer = parts(tokenizer, make_sample(task, words, length=3000, depth=depth, draw=Random(7), keys=keys))
     facts = re.findall(r"special magic numbers for (\S+) is: (\d{7})\.", before)
     assert len(dict(facts)) == keys
     asked = re.findall(r"The special magic number for (\S+) is:$", before)

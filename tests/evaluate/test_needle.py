@@ -14,7 +14,7 @@ from minimax_train.engine.session import Session, session
 from minimax_train.evaluate import needle
 from minimax_train.evaluate.answers import said_at
 from minimax_train.evaluate.generate import generate
-from minimax_train.evaluate.grid import Grid, depths_of
+from minimax_train.evaluate.grid import Grid, depths_of, keys_of
 from minimax_train.evaluate.logits import batch_logits, fill_decoder
 from minimax_train.evaluate.needle import Cell, sample_row, score
 from minimax_train.model.decoder import Decoder
@@ -138,3 +138,25 @@ def test_depths() -> None:
     for wrong in ("0", "-1.x", "", "a"):
         with pytest.raises(ValueError, match="--depths is"):
             depths_of(wrong)
+
+
+def test_keys() -> None:
+    """So many, or one for each so many tokens of length."""
+    assert [keys_of("6").at(length) for length in (64, 4096)] == [6, 6]
+    assert [keys_of("1/64").at(length) for length in (32, 64, 200, 4096)] == [1, 1, 3, 64]
+    assert [str(keys_of(text)) for text in ("6", "1/64")] == ["6", "1/64"]
+    for wrong in ("0", "-1", "", "a", "2/64", "1/0", "1/"):
+        with pytest.raises(ValueError, match="--keys is"):
+            keys_of(wrong)
+
+
+def test_a_grid_asks_among_as_many_keys_as_its_length_says(alone: Session, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refuses, before any work, a length for which there are too few words."""
+    grid = replace(GRID, tasks=("multi_key",), lengths=(64, 256), keys=keys_of("1/32"))
+    keys = {WORDS.encode(str(key))[0] for key in WORDS.keys}
+    for length in grid.lengths:
+        sample = grid.sample(WORDS, "multi_key", length, 0.5, 0)
+        assert len(keys & set(sample.ids)) == length // 32
+    monkeypatch.setattr(needle, "said_at", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match="needs 16 different words of a kind"):
+        score(decoder, WORDS, replace(grid, lengths=(64, 512)), alone)

@@ -29,7 +29,7 @@ RANKS = {"shape": 2048, "text01": 640, "m1": 640, "hybrid_7b": 64, "kimi_vl": 64
 
 
 def test_all_are_here() -> None:
-    assert len(NAMES) == 12 and "recipes.text01:extend_512k" in NAMES
+    assert len(NAMES) == 13 and "recipes.text01:extend_512k" in NAMES
     assert {path.stem for path in GOLDEN.glob("*.yaml")} == {name.removeprefix("recipes.").replace(":", ".") for name in NAMES}
 
 
