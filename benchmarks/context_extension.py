@@ -33,7 +33,7 @@ GAIN, AFTER = 0.3, 0.8
 def whole() -> Size:
     """Every arm, to 8 times the length."""
     plan = load_plan("recipes.tiny:retrieval")
-    return Size(plan=plan, lengths=tuple(stage.length for stage in plan.stages), samples=20)
+    return Size(plan=plan, lengths=tuple(stage.length for stage in plan.stages), samples=16)
 
 
 def short() -> Size:
