@@ -34,7 +34,7 @@ define each
 if test -n "$$failed"; then echo "failed, or missed a target:$$failed"; exit 1; fi
 endef
 
-BENCHMARKS := lightning_cpu lightning_layer tiny_step context_bytes context_trace long_context expert_overlap data_rows data_prepare conversion
+BENCHMARKS := lightning_cpu lightning_layer tiny_step context_bytes context_trace long_context expert_overlap data_rows data_prepare conversion context_extension
 
 bench: setup
 	$(call each,$(foreach name,$(BENCHMARKS),'$(BIN)/python benchmarks/$(name).py'))

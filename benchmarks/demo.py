@@ -1,4 +1,4 @@
-"""The main job end to end on this machine's CPU: prepare, train through three lengths, judge, export, check, report.
+"""The main job end to end on this machine's CPU: prepare, train through three lengths, judge, export, check, report, find needles.
 
     python benchmarks/demo.py [--to RUN] [--ranks N]
 
@@ -24,7 +24,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-RECIPE = "recipes.tiny:stdlib"
+from data.retrieval import TOKENS_A_KEY, write_lengths
+from minimax_train.recipe import load_plan
+
+RECIPE, NEEDLES = "recipes.tiny:stdlib", "recipes.tiny:retrieval"
+NEEDLE_TOKENS = (3_000_000, 800_000)
+"""Of puzzles: at the first stage's length, and at each longer one."""
+NEEDLE_GAIN = 0.3
 SAME_FUNCTION = 2e-6
 BELOW_UNIGRAM = 1.0
 
@@ -90,6 +96,40 @@ def generate(export: Path) -> str:
     return str(tokenizer.decode(made[0].tolist()))
 
 
+def find_needles(run: Path, ranks: int) -> tuple[dict[int, float], dict[int, float]]:
+    """Trains recipes.tiny:retrieval, first its shortest stage; the share of right answers by length, before and after the others."""
+    plan = load_plan(NEEDLES)
+    files = Path(plan.data.validation).parent
+    if not Path(f"{plan.data.validation}.json").exists():
+        write_lengths(files, {stage.length: NEEDLE_TOKENS[number > 0] // stage.length for number, stage in enumerate(plan.stages)}, seed=1)
+    asked = ("--tasks", "multi_key", "--keys", f"1/{TOKENS_A_KEY}", "--samples", 8, "--ranks", ranks)
+    if not (run / "before" / "needle.json").exists():
+        verb("train", NEEDLES, "--to", run, "--ranks", ranks, "--stage", plan.stages[0].name)
+        verb("evaluate", "needle", run, *asked, "--to", run / "before")
+    verb("train", NEEDLES, "--to", run, "--ranks", ranks)
+    verb("evaluate", "needle", run, *asked)
+    return shares(run / "before" / "needle.json"), shares(run / "evaluation" / "needle.json")
+
+
+def shares(path: Path) -> dict[int, float]:
+    """Of a needle.json: the share of right answers at each length."""
+    cells: dict[int, list[float]] = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        cells.setdefault(cell["length"], []).append(cell["accuracy"])
+    return {length: sum(values) / len(values) for length, values in cells.items()}
+
+
+def found(length: int, before: dict[int, float], after: dict[int, float]) -> Line:
+    """At the longest length the extension must have brought something."""
+    gain, last = after[length] - before[length], length == max(before)
+    return Line(
+        what=f"needles found at {length:,}",
+        value=f"{before[length]:.0%} -> {after[length]:.0%} ({100 * gain:+.0f} points)",
+        mark=f">= {100 * NEEDLE_GAIN:+.0f} points" if last else "",
+        good=not last or gain >= NEEDLE_GAIN,
+    )
+
+
 def closing(run: Path, error: float) -> list[Line]:
     f = figures(run)
     margin = f["unigram"] - f["validation"]
@@ -139,12 +179,16 @@ def main() -> int:
         print("   | " + generate(export).replace("\n", "\n   | "))
     with step("report"):
         verb("report", run)
-    lines = closing(run, error)
+    needles = run.with_name(f"{run.name}-needles")
+    with step("needles: a small hybrid learns to find keys at length 256, then its context grows to 2,048"):
+        before, after = find_needles(needles, ranks)
+        verb("report", needles)
+    lines = [*closing(run, error), *(found(length, before, after) for length in sorted(before))]
     print(f"\n{'':34}{'measured':44}{'wanted':12}")
     for line in lines:
         print(f"{line.what:34}{line.value:44}{line.mark:12}{'' if line.good else 'MISSED'}")
     print(f"\nAll of it took {time.monotonic() - begin:.0f} s on CPU ranks (gloo): it proves arithmetic, not GPU speed.")
-    print(f"Report: {run / 'report' / 'index.html'}")
+    print(f"Reports: {run / 'report' / 'index.html'}, and with the map of needles {needles / 'report' / 'index.html'}")
     return 0 if all(line.good for line in lines) else 1
 
 
