@@ -121,7 +121,7 @@ class Guard:
     __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     sigmas: float | None = 6.0
-    """Standard deviations above the mean from which a gradient norm is an outlier; null: only what is no number is refused."""
+    """Standard deviations above the mean from which a gradient norm or a loss is an outlier; null: only what is no number is refused."""
     window: int = 128
     """Steps that mean and deviation are of."""
     least: int = 64

@@ -32,6 +32,8 @@ class Progress:
     """Where each source of training rows stands; empty before the first step."""
     norms: tuple[float, ...] = ()
     """Gradient norms of the stage's last steps that were applied, for the guard."""
+    losses: tuple[float, ...] = ()
+    """And their losses."""
     refused: int = 0
     """Steps in a row, the last ones, that the guard did not apply."""
     rewinds: int = 0

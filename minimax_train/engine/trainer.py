@@ -69,9 +69,9 @@ class Trainer:
         """This rank's chunks of the layers."""
         return [bare(chunk) for chunk in self.chunks]
 
-    def step(self, rows: list[Row], learning_rate: float, judge: Callable[[float], str | None] = lambda _: None) -> StepReport:
-        """One optimizer step on this rank's `rows` (the same number on every rank), unless `judge` gives a reason why a gradient of that
-        norm should not be applied: then no weight and no moment changes."""
+    def step(self, rows: list[Row], learning_rate: float, judge: Callable[[float, float], str | None] = lambda *_: None) -> StepReport:
+        """One optimizer step on this rank's `rows` (the same number on every rank), unless `judge` gives a reason why a gradient should
+        not be applied, of the batch's loss and the gradient's norm: then no weight and no moment changes."""
         self.zero_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -79,7 +79,7 @@ class Trainer:
         totals = self.descend(rows)
         norm = gradient_norm(self.optimizer)
         kinds = norms_by_kind(self.decoder, self.optimizer, self.plan.model, self.session.groups)
-        refusal = judge(norm)
+        refusal = judge(totals.loss, norm)
         if refusal is None:
             update(self.optimizer, norm, self.plan.optimizer.clip_grad)
         return StepReport(**vars(totals), grad_norm=norm, grad_norms=kinds, refusal=refusal)

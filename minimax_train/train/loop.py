@@ -147,9 +147,10 @@ class _Run:
         names = list(self.data.sources)
         rows = [to_row(sample.row, self.session, names.index(sample.source)) for sample in samples]
         rate = learning_rate(stage, step)
-        watch, guard = Watch(norms=self.progress.norms, refused=self.progress.refused), self.plan.guard
-        report = self.trainer.step(rows, rate, lambda norm: watch.judge(guard, norm))
-        p, after, watch = self.progress, sampler.bookmarks, watch.after(guard, report.grad_norm, report.refusal)
+        p, guard = self.progress, self.plan.guard
+        watch = Watch(norms=p.norms, losses=p.losses, refused=p.refused)
+        report = self.trainer.step(rows, rate, lambda loss, norm: watch.judge(guard, loss, norm))
+        after, watch = sampler.bookmarks, watch.after(guard, report.loss, report.grad_norm, report.refusal)
         self.progress = replace(
             p,
             step=p.step + 1,
@@ -157,6 +158,7 @@ class _Run:
             tokens=p.tokens + size,
             sources=after,
             norms=watch.norms,
+            losses=watch.losses,
             refused=watch.refused,
         )
         figures = {"lr": rate, "batch_tokens": size, **self._data_figures(size, before, after)}
@@ -217,7 +219,7 @@ class _Run:
         if ended:
             sources = {name: bookmark.next_stage() for name, bookmark in self.progress.sources.items()}
             self.progress = replace(
-                self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=(), refused=0, rewinds=0
+                self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=(), losses=(), refused=0, rewinds=0
             )
         if ended or last or step % self.plan.checkpoints.every_steps == 0:
             self._save(stage, ended=ended)

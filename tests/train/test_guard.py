@@ -21,12 +21,12 @@ from tests.support import LittleRows, little_plan
 GUARD = Guard(sigmas=6.0, window=32, least=8)
 
 
-def watched(norms: list[float], guard: Guard = GUARD) -> tuple[Watch, list[str | None]]:
-    """What is remembered after these norms, and the verdict on each."""
+def watched(norms: list[float], guard: Guard = GUARD, losses: list[float] | None = None) -> tuple[Watch, list[str | None]]:
+    """What is remembered after these norms and losses (2 nats throughout), and the verdict on each."""
     watch, verdicts = Watch(), []
-    for norm in norms:
-        verdicts.append(watch.judge(guard, norm))
-        watch = watch.after(guard, norm, verdicts[-1])
+    for norm, loss in zip(norms, losses or [2.0] * len(norms), strict=True):
+        verdicts.append(watch.judge(guard, loss, norm))
+        watch = watch.after(guard, loss, norm, verdicts[-1])
     return watch, verdicts
 
 
@@ -50,6 +50,20 @@ def test_spikes_and_what_is_no_number() -> None:
     assert watched([float("nan")])[1] == ["gradient norm nan"]
     assert watched([*usual, 1e6], replace(GUARD, sigmas=None))[1][-1] is None
     assert watched([1.0] * 40 + [1.9])[1][-1] is None and watched([1.0] * 40 + [2.1])[1][-1] is not None
+
+
+def test_losses_that_jump() -> None:
+    """A spike is refused, also where the gradient is as ever; falling ones, noise, and another source that is harder by a third are not."""
+    draw = random.Random(1)
+    falling = [1.5 + 9 * math.exp(-step / 40) * draw.uniform(0.95, 1.05) for step in range(200)]
+    noisy = [draw.uniform(1.4, 1.6) for _ in range(100)]
+    harder = [draw.choice([1.5, 2.0]) for _ in range(100)]
+    losses = falling + noisy + harder
+    assert watched([1.0] * len(losses), losses=losses)[1] == [None] * len(losses)
+    watch, verdicts = watched([1.0] * 103, losses=[*noisy, 4.0, float("nan"), 1.5])
+    assert [i for i, verdict in enumerate(verdicts) if verdict] == [100, 101]
+    assert "loss 4; the last 32 were 1." in str(verdicts[100]) and verdicts[101] == "loss nan"
+    assert max(watch.losses) < 1.7 and len(watch.losses) == 32
 
 
 @pytest.mark.parametrize(
@@ -76,7 +90,7 @@ def test_a_refused_step_changes_nothing(corpus: Path, alone: Session, precision:
     for trainer in (one, other):
         assert trainer.step(batches[0], 1e-2).refusal is None
     before = state(one)
-    report = one.step(batches[1], 1e-2, lambda norm: f"norm {norm:.3g}")
+    report = one.step(batches[1], 1e-2, lambda _, norm: f"norm {norm:.3g}")
     assert report.refusal == f"norm {report.grad_norm:.3g}"
     assert all(torch.equal(before[key], tensor) for key, tensor in state(one).items())
     for trainer in (one, other):
