@@ -21,16 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from context_extension import GAIN, short
+from extension_arms import Outcome, extended, pretrained
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from data.retrieval import TOKENS_A_KEY, write_lengths
-from minimax_train.recipe import load_plan
-
-RECIPE, NEEDLES = "recipes.tiny:stdlib", "recipes.tiny:retrieval"
-NEEDLE_TOKENS = (3_000_000, 800_000)
-"""Of puzzles: at the first stage's length, and at each longer one."""
-NEEDLE_GAIN = 0.3
+RECIPE = "recipes.tiny:stdlib"
 SAME_FUNCTION = 2e-6
 BELOW_UNIGRAM = 1.0
 
@@ -96,38 +92,15 @@ def generate(export: Path) -> str:
     return str(tokenizer.decode(made[0].tolist()))
 
 
-def find_needles(run: Path, ranks: int) -> tuple[dict[int, float], dict[int, float]]:
-    """Trains recipes.tiny:retrieval, first its shortest stage; the share of right answers by length, before and after the others."""
-    plan = load_plan(NEEDLES)
-    files = Path(plan.data.validation).parent
-    if not Path(f"{plan.data.validation}.json").exists():
-        write_lengths(files, {stage.length: NEEDLE_TOKENS[number > 0] // stage.length for number, stage in enumerate(plan.stages)}, seed=1)
-    asked = ("--tasks", "multi_key", "--keys", f"1/{TOKENS_A_KEY}", "--samples", 8, "--ranks", ranks)
-    if not (run / "before" / "needle.json").exists():
-        verb("train", NEEDLES, "--to", run, "--ranks", ranks, "--stage", plan.stages[0].name)
-        verb("evaluate", "needle", run, *asked, "--to", run / "before")
-    verb("train", NEEDLES, "--to", run, "--ranks", ranks)
-    verb("evaluate", "needle", run, *asked)
-    return shares(run / "before" / "needle.json"), shares(run / "evaluation" / "needle.json")
-
-
-def shares(path: Path) -> dict[int, float]:
-    """Of a needle.json: the share of right answers at each length."""
-    cells: dict[int, list[float]] = {}
-    for cell in json.loads(path.read_text())["cells"]:
-        cells.setdefault(cell["length"], []).append(cell["accuracy"])
-    return {length: sum(values) / len(values) for length, values in cells.items()}
-
-
-def found(length: int, before: dict[int, float], after: dict[int, float]) -> Line:
-    """At the longest length the extension must have brought something."""
-    gain, last = after[length] - before[length], length == max(before)
-    return Line(
-        what=f"needles found at {length:,}",
-        value=f"{before[length]:.0%} -> {after[length]:.0%} ({100 * gain:+.0f} points)",
-        mark=f">= {100 * NEEDLE_GAIN:+.0f} points" if last else "",
-        good=not last or gain >= NEEDLE_GAIN,
-    )
+def found(before: Outcome, after: Outcome) -> list[Line]:
+    """The share of keys found at each length; at the longest the extension must have brought something."""
+    lines = []
+    for length in before.right:
+        old, new, last = before.at(length), after.at(length), length == max(before.right)
+        value = f"{old:.0%} -> {new:.0%} ({100 * (new - old):+.0f} points)"
+        mark = f">= {100 * GAIN:+.0f} points" if last else ""
+        lines.append(Line(what=f"needles found at {length:,}", value=value, mark=mark, good=not last or new - old >= GAIN))
+    return lines
 
 
 def closing(run: Path, error: float) -> list[Line]:
@@ -179,11 +152,12 @@ def main() -> int:
         print("   | " + generate(export).replace("\n", "\n   | "))
     with step("report"):
         verb("report", run)
-    needles = run.with_name(f"{run.name}-needles")
-    with step("needles: a small hybrid learns to find keys at length 256, then its context grows to 2,048"):
-        before, after = find_needles(needles, ranks)
+    with step("needles: a small hybrid learns to find keys in 64 tokens; then its context is extended to 256"):
+        size, needles = short(), run.with_name(f"{run.name}-needles")
+        before, after = pretrained(size, needles, seed=1), extended(size, needles, 1, "staged")
+        needles = needles / "seed-1" / "staged"
         verb("report", needles)
-    lines = [*closing(run, error), *(found(length, before, after) for length in sorted(before))]
+    lines = [*closing(run, error), *found(before, after)]
     print(f"\n{'':34}{'measured':44}{'wanted':12}")
     for line in lines:
         print(f"{line.what:34}{line.value:44}{line.mark:12}{'' if line.good else 'MISSED'}")
