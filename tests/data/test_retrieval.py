@@ -7,7 +7,7 @@ import pytest
 
 from data.dataset import verify
 from data.needles import TASKS, make_sample
-from data.retrieval import Vocabulary, vocabulary_of, write_retrieval
+from data.retrieval import GROWING, Vocabulary, vocabulary_of, write_lengths, write_retrieval
 from data.tokenizer import load_tokenizer, train_tokenizer
 
 SMALL = Vocabulary(keys=12, values=9, filler=5)
@@ -72,3 +72,17 @@ def test_a_fact_stands_at_its_depth_to_the_token(depth: float) -> None:
     """Where a sentence is one id, the nearest border is the place itself."""
     sample = make_sample("single", SMALL.puzzle_words(SMALL.tokenizer()), length=205, depth=depth, draw=Random(2))  # 200 of them filler
     assert next(i for i, number in enumerate(sample.ids) if SMALL.words[number].startswith("key")) == round(200 * depth)
+
+
+def test_longer_documents_hide_more(tmp_path: Path) -> None:
+    """At 64 tokens a key: up to 1 in 64 tokens, 8 in 512; an eighth of the tokens are questions; the model's 80 words suffice."""
+    write_lengths(tmp_path, {64: 20, 512: 30}, seed=3)
+    assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["512.bin", "64.bin", "validation.bin"]
+    assert len(GROWING.words) == 80
+    for name, length, documents, keys in (("64", 64, 20, {1}), ("512", 512, 30, set(range(1, 9))), ("validation", 64, 64, {1})):
+        dataset = verify(tmp_path / name, tokenizer=GROWING.tokenizer())
+        assert dataset.lengths.tolist() == [length] * documents
+        said = [[GROWING.words[i] for i in dataset.tokens(number)] for number in range(documents)]
+        assert {len({word for word in one[: one.index("?")] if word.startswith("key")}) for one in said} == keys
+        assert {one.count("?") for one in said} == {length // 8}
+    assert (tmp_path / "64.bin").read_bytes() != (tmp_path / "validation.bin").read_bytes()[: 20 * 64 * 2]

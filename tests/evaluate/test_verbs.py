@@ -48,6 +48,7 @@ def test_needle_writes_what_it_says(checkpoint: Path, tokenizer: Path, tmp_path:
     assert maps.tasks[0].loss.tolist() == [[written["cells"][i]["loss"] for i in row] for row in ((0, 2), (1, 3))]
     status, out, error = call("evaluate", "needle", checkpoint, *options, "--tasks", "single")
     assert status == 0
+    assert written["keys"] == maps.keys == "4"
     assert out.splitlines()[1].startswith("single")
     assert len(out.splitlines()) == 3
     assert "nothing is written" in error
@@ -58,6 +59,7 @@ def test_needle_writes_what_it_says(checkpoint: Path, tokenizer: Path, tmp_path:
     ("options", "says"),
     [
         (("--tasks", "single,none"), "'none'"),
+        (("--keys", "2/64"), "--keys is '2/64'"),
         (("--lengths", "2k"), "'2k'"),
         (("--depths", "0.5,2", "--tokenizer", "T"), "from 0 to 1"),
         (("--set", "layout.pipeline=2", "--ranks", 2), "layout.pipeline is 2"),

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from minimax_train.report.canvas import fit, png, smooth, window_for
 from minimax_train.report.gradient_plot import gradient_plot
 from minimax_train.report.needle_plot import needle_plot
+from minimax_train.report.needles import read_needles
 from minimax_train.report.parts_plot import parts_plot
 from minimax_train.report.plots import expert_plot, loss_plot, optimizer_plot, throughput_plot
 from minimax_train.report.position_plot import position_plot
@@ -153,6 +154,12 @@ def test_needle_plot_shows_every_cell_where_it_belongs(record: Record, synthetic
         assert {x for line in axes.lines for x in line.get_xdata()} == {3.5}  # between 32,768, the longest row trained on, and 65,536
         assert axes.images[0].get_clim() == (0, 1)
     assert "variables 60% at 2,048" in plot.alt
+
+
+@pytest.mark.parametrize(("keys", "says"), [("7", "multi_key: 7 keys, one"), ("1/64", "multi_key: a key for each 64 tokens, one")])
+def test_needle_plot_says_how_many_keys_there_are(record: Record, synthetic: Any, keys: str, says: str) -> None:
+    plot = needle_plot(record.name, read_needles(synthetic.needles() | {"keys": keys}, Path("needle.json")))
+    assert any(axes.get_title(loc="left").startswith(says) for axes in _axes(plot.figure))
 
 
 def test_position_plot_of_unmeasured_parts(make_run: MakeRun) -> None:
