@@ -27,6 +27,8 @@ from data.retrieval import Vocabulary
 from minimax_train.plan import LearningRate, Mixture, Plan, Stage
 from minimax_train.recipe import load_plan
 
+FIRST_SEED = 11
+"""Marks, plan and what counts as learnt were chosen on runs with seeds 1 to 3: these are others."""
 GAIN, AFTER = 0.4, 0.6
 """Marks of the staged arm at the longest length, in every seed: points more than before, and the share right."""
 
@@ -37,7 +39,7 @@ def whole() -> Size:
     rate = replace(plan.stages[0].learning_rate, decay_tokens=0)
     first = replace(plan.stages[0], tokens=3000 * plan.stages[0].batch_tokens, learning_rate=rate)
     plan = replace(plan, stages=(first, *plan.stages[1:]))
-    return Size(plan=plan, lengths=tuple(stage.length for stage in plan.stages), samples=16, learnt=0.31)
+    return Size(plan=plan, lengths=tuple(stage.length for stage in plan.stages), samples=16, learnt=0.27)
 
 
 def short() -> Size:
@@ -85,7 +87,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="do not run again what is there")
     arguments = parser.parse_args()
     begin, load = time.monotonic(), os.getloadavg()[0]
-    size, seeds = (short(), range(1, 2)) if arguments.short else (whole(), range(1, arguments.seeds + 1))
+    size, seeds = (short(), range(1, 2)) if arguments.short else (whole(), range(FIRST_SEED, FIRST_SEED + arguments.seeds))
     if not arguments.keep:
         shutil.rmtree(arguments.to, ignore_errors=True)
     with ThreadPoolExecutor(2) as pool:  # each thread waits for a process of one thread
