@@ -39,7 +39,7 @@ def whole() -> Size:
     rate = replace(plan.stages[0].learning_rate, decay_tokens=0)
     first = replace(plan.stages[0], tokens=3000 * plan.stages[0].batch_tokens, learning_rate=rate)
     plan = replace(plan, stages=(first, *plan.stages[1:]))
-    return Size(plan=plan, lengths=tuple(stage.length for stage in plan.stages), samples=16, learnt=0.27)
+    return Size(plan=plan, lengths=tuple(stage.length for stage in plan.stages), samples=16, learnt=0.25)
 
 
 def short() -> Size:
