@@ -68,17 +68,14 @@ def page(outcomes: Sequence[Outcome], size: Size, facts: Mapping[str, Any], mark
     first, last = size.plan.stages[0], size.plan.stages[1:]
     seeds = len(of(outcomes, "before"))
     counted = f"{size.samples} samples at each of {len(outcomes[0].depths)} depths"
-    steps = ", ".join(f"{outcome.tokens // first.batch_tokens:,}" for outcome in of(outcomes, "before"))
     arms = [f"- **{arm}**: {about}" for arm, about in ARMS.items() if arm in size.arms]
     return "\n".join(
         [
             "# The context grows",
             "",
             f"A hybrid of {size.plan.model.num_layers} layers ({', '.join(size.plan.model.pattern)}), trained from nothing on the "
-            f"retrieval puzzle at length {first.length:,} until it is learnt (validation loss {size.learnt:g}: {steps} steps of "
-            f"{first.batch_tokens:,} tokens, by seed); then {sum(s.tokens for s in last):,} tokens of extension to "
-            f"{last[-1].length:,}. Asked is `multi_key` with a key for each {size.tokens_a_key} tokens: what has to be told apart grows "
-            f"with the length. Percent of answers right, {counted}; over {seeds} seeds (weights, documents and order), mean (least to "
+            f"retrieval puzzle at length {first.length:,} ({first.steps:,} steps of {first.batch_tokens:,} tokens); then "
+            f"{sum(s.tokens for s in last):,} tokens of extension to "
             "most). `before` is the first stage's model, which never saw more: untrained extrapolation.",
             "",
             accuracy_table(outcomes, size.lengths),
