@@ -115,8 +115,8 @@ def arm_stages(plan: Plan, arm: str) -> tuple[Stage, ...]:
 
 
 def pretrained(size: Size, folder: Path, seed: int) -> Outcome:
-    """The first stage, judged as it is. RuntimeError where nothing was learnt, for what is measured is what comes after. (When a model finds
-    the mechanism differs by hundreds of steps between seeds and processors.)"""
+    """The first stage, judged as it is. RuntimeError where nothing was learnt, for what is measured is what comes after. (When a model
+    finds the mechanism differs by hundreds of steps between seeds and processors.)"""
     plan, run = seeded(size, folder, seed), folder / f"seed-{seed}" / "before"
     outcome = _outcome(size, replace(plan, stages=plan.stages[:1]), run, seed, "before")
     if outcome.at(size.lengths[0]) < size.learnt:
