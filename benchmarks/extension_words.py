@@ -77,8 +77,8 @@ def page(outcomes: Sequence[Outcome], size: Size, facts: Mapping[str, Any], mark
             f"retrieval puzzle at length {first.length:,} ({first.steps:,} steps of {first.batch_tokens:,} tokens); then "
             f"{sum(s.tokens for s in last):,} tokens of extension to {last[-1].length:,}. Asked is `multi_key` with a key for each "
             f"{size.tokens_a_key} tokens: what has to be told apart grows with the length. Percent of answers right, {counted}; over "
-            f"{seeds} seeds (weights, documents and order), mean (least to most). `before` is the first stage's model, which never saw more: "
-            "untrained extrapolation.",
+            f"{seeds} seeds (weights, documents and order), mean (least to most). `before` is the first stage's model, which never saw "
+            "more: untrained extrapolation.",
             "",
             accuracy_table(outcomes, size.lengths),
             "",
