@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimax_train.engine.routing_report import RoutingReport
 from minimax_train.engine.stage import bare
-from minimax_train.engine.tally import BUCKETS, FIGURES, Tally
+from minimax_train.engine.tally import BUCKETS, FIGURES, Part, Tally, by_length, by_source
 from minimax_train.model.config import ModelConfig
 from minimax_train.model.row import Row
 from parallel.collectives import all_sum
@@ -54,8 +54,8 @@ class Totals:
     """The busiest context rank's softmax attention over the mean rank's, mean over rows."""
     routing: RoutingReport
     """Of every layer."""
-    tally: Tensor
-    """`[sources, BUCKETS, FIGURES]` fp64 on the host: tally.py's sums, for its `by_source` and `by_length`."""
+    by_source: list[Part]
+    by_length: dict[str, Part]
 
 
 def run_batch(
@@ -149,6 +149,7 @@ def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device
             sums[3:] += sums.new_tensor([pieces.squares, 1, pieces.imbalance()]) * rows_ours
     everything = all_sum(torch.cat([sums, routing.flatten(), tally.flatten()]), groups.world).cpu()
     loss, predicted, auxiliary, squares, rows, imbalance = everything[:6].tolist()
+    parts = everything[6 + routing.numel() :].view(tally.shape)
     return Totals(
         loss=loss / max(predicted, 1.0),
         predicted_tokens=int(predicted),
@@ -156,5 +157,6 @@ def total(reports: Sequence[Report], config: ModelConfig, groups: Groups, device
         auxiliary_loss=auxiliary / rows / config.num_layers,
         imbalance=imbalance / rows,
         routing=RoutingReport.of(everything[6 : 6 + routing.numel()].view(routing.shape), config.experts_per_token),
-        tally=everything[6 + routing.numel() :].view(tally.shape),
+        by_source=by_source(parts),
+        by_length=by_length(parts),
     )

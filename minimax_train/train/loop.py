@@ -16,7 +16,6 @@ from minimax_train.checkpoint.store import save
 from minimax_train.engine.batch import Totals
 from minimax_train.engine.session import Session
 from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
-from minimax_train.engine.tally import by_length
 from minimax_train.engine.trainer import StepReport, Trainer
 from minimax_train.model.count import training_flops
 from minimax_train.plan import Plan, Stage
@@ -290,7 +289,7 @@ class _Run:
                 "context_imbalance": report.imbalance,
                 "grad_norm": report.grad_norm,
                 "grad_norms": report.grad_norms,
-                **part_figures(report.tally, list(self.data.sources)),
+                **part_figures(report, list(self.data.sources)),
                 "tokens_per_second": size / seconds,
                 "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
                 "step_seconds": seconds,
@@ -303,7 +302,7 @@ class _Run:
 
 
 def _validation_figures(result: Totals) -> dict[str, Any]:
-    lengths = {name: part.loss for name, part in by_length(result.tally).items() if part.loss is not None}
+    lengths = {name: part.loss for name, part in result.by_length.items() if part.loss is not None}
     return {
         "validation_loss": result.loss,
         "validation_tokens": result.predicted_tokens,

@@ -8,13 +8,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO
 
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from minimax_train.checkpoint.commit import replace_text
+from minimax_train.engine.batch import Totals
 from minimax_train.engine.routing_report import RoutingReport
-from minimax_train.engine.tally import by_length, by_source
 from minimax_train.train.folder import RunFolder
 
 SHOWN = {"loss": "loss", "validation_loss": "validation", "lr": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
@@ -44,9 +43,9 @@ def routing_figures(routing: RoutingReport) -> dict[str, Any]:
     }
 
 
-def part_figures(tally: Tensor, sources: Sequence[str]) -> dict[str, Any]:
+def part_figures(batch: Totals, sources: Sequence[str]) -> dict[str, Any]:
     """Loss and gradient by source and by length of document; what a batch has nothing of is left out."""
-    parts = {"source": dict(zip(sources, by_source(tally), strict=True)), "length": by_length(tally)}
+    parts = {"source": dict(zip(sources, batch.by_source, strict=True)), "length": batch.by_length}
     return {
         f"{kind}_{figure}": {name: value for name, part in named.items() if (value := getattr(part, figure)) is not None}
         for kind, named in parts.items()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from minimax_train.engine.session import Session, session
+from minimax_train.engine.tally import Tally
 from minimax_train.model.decoder import Decoder
 from minimax_train.model.recompute import Recompute, recomputed
 from minimax_train.model.router_options import RouterOptions
@@ -90,7 +91,7 @@ def test_what_was_sent_is_freed(alone: Session) -> None:
     row = Row.of_documents([torch.arange(256)]).with_labels(torch.arange(256))
 
     def forward(*, free: bool) -> Tensor:
-        sent: Tensor = stage(row, 0.0)[0]
+        sent: Tensor = stage(row, 0.0, Tally(row))[0]
         assert sent.shape == (256, 1, 32)
         deallocate_output_tensor(sent, free)
         return sent
