@@ -12,6 +12,7 @@ from data.dataset import TokenDataset
 from data.encoder import WORTH_IT, Choice, Encoder, ReferenceEncoder, choose_encoder
 from data.format import Sidecar, file_of
 from data.partial import Partial, partial
+from data.parts import Share, folder_of, gather, remove_parts, work_of
 from data.place import Place
 from data.progress import Progress
 from data.reading import Bad, Batch, Record, read
@@ -35,6 +36,7 @@ def prepare(
     skip_bad: bool = False,
     workers: int = 1,
     encoder: Choice = "auto",
+    parts: int = 0,
     quiet: bool = False,
 ) -> Sidecar:
     """Writes PREFIX.bin, .idx, the tokenizer and the sidecar PREFIX.json from text, JSONL, Parquet and saved datasets (see `corpus`).
@@ -43,16 +45,10 @@ def prepare(
     on the input and the tokenizer alone, not on `workers`, nor on interruptions: after a kill the same call goes on with what was finished
     (see `partial`). Where PREFIX already holds the same texts by the same tokenizer it says so and returns that sidecar; anything else
     that stands there is refused with ValueError unless `overwrite`. A bad document raises ValueError, with `skip_bad` it is counted; a
-    full disk raises OSError; in both cases nothing stays.
+    full disk raises OSError; in both cases nothing stays. `parts`: takes over what that many calls of prepare_part have made.
     """
     prefix = Path(prefix)
-    if workers < 1:
-        raise ValueError(f"workers {workers}: at least 1 process has to do the work")
-    sources = find_sources(inputs)
-    _refuse_output_among_inputs(prefix, inputs)
-    size = sum(source.size for source in sources)
-    if size < WORTH_IT:
-        workers = 1  # done before others would have started
+    sources, size, workers = _begin(inputs, prefix, workers)
     work = _work(sources, tokenizer, key, skip_bad)
     with Progress(f"prepare {prefix}", size, quiet=quiet) as progress, partial(prefix, work, progress.say) as room:
         there = finish_commit(room.stage, prefix)
@@ -60,10 +56,60 @@ def prepare(
             there = _same_work(prefix, tokenizer, sources, key, room.folder)
         if there is not None:
             progress.say(f"{prefix}: already prepared from the same texts with the same tokenizer")
+            remove_parts(prefix, parts)
             return there
+        gather(room, work, parts, progress.say)
         chosen = choose_encoder(tokenizer, lambda: sample_texts(sources, key, room.folder), size=size, choice=encoder, say=progress.say)
-        shards = _encode(sources, tokenizer, chosen, room, progress, key=key, skip_bad=skip_bad, workers=workers)
-        return put_together(room, shards, tokenizer, chosen.name)
+        shards = _encode(sources, tokenizer, chosen, room, progress, Share(), key=key, skip_bad=skip_bad, workers=workers)
+        sidecar = put_together(room, shards, tokenizer, chosen.name)
+    remove_parts(prefix, parts)
+    return sidecar
+
+
+def prepare_part(
+    inputs: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    prefix: str | Path,
+    share: Share,
+    *,
+    key: str = "text",
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    workers: int = 1,
+    encoder: Choice = "auto",
+    quiet: bool = False,
+) -> list[Facts]:
+    """Encodes the slices of `share` and leaves them for `prepare` with `parts`; their facts, in order.
+
+    Everything else is as `prepare` has it. A part may be empty.
+    """
+    prefix = Path(prefix)
+    sources, size, workers = _begin(inputs, prefix, workers)
+    refuse_existing(prefix, overwrite=overwrite)
+    work = work_of(_work(sources, tokenizer, key, skip_bad), share)
+    with (
+        Progress(f"prepare {share} of {prefix}", size, quiet=quiet) as progress,
+        partial(prefix, work, progress.say, part=folder_of(prefix, share)) as room,
+    ):
+        chosen = choose_encoder(tokenizer, lambda: sample_texts(sources, key, room.folder), size=size, choice=encoder, say=progress.say)
+        return _encode(sources, tokenizer, chosen, room, progress, share, key=key, skip_bad=skip_bad, workers=workers)
+
+
+def refuse_existing(prefix: Path, *, overwrite: bool) -> None:
+    """ValueError where PREFIX stands and is not to be replaced."""
+    if existing(prefix) and not overwrite:
+        names = ", ".join(path.name for path in existing(prefix))
+        raise ValueError(f"{prefix}: {names} stands there already: choose another prefix, remove it, or overwrite it")
+
+
+def _begin(inputs: Sequence[str | Path], prefix: Path, workers: int) -> tuple[list[Source], int, int]:
+    """The sources, their bytes, and how many processes are worth it."""
+    if workers < 1:
+        raise ValueError(f"workers {workers}: at least 1 process has to do the work")
+    sources = find_sources(inputs)
+    refuse_output_among_inputs(prefix, inputs)
+    size = sum(source.size for source in sources)
+    return sources, size, 1 if size < WORTH_IT else workers  # small ones are done before others would have started
 
 
 def write_dataset(documents: Iterable[Document | Undecodable], tokenizer: Tokenizer, prefix: Path, *, progress: Progress) -> Sidecar:
@@ -83,19 +129,23 @@ def _encode(
     encoder: Encoder,
     room: Partial,
     progress: Progress,
+    share: Share,
     *,
     key: str,
     skip_bad: bool,
     workers: int,
 ) -> list[Facts]:
-    """Every slice as a shard in `room`; those that are there already are not done again. The shards' facts, in order."""
+    """Every slice of `share` as a shard in `room`; those that are there already are not done again. The shards' facts, in order."""
     finished = room.finished()
     if finished:
         progress.say(f"{room.prefix}: going on after {len(finished)} finished shards")
 
+    def wanted(number: int) -> bool:
+        return share.has(number) and number not in finished
+
     def missing() -> Iterator[Slice]:
-        for piece in cut(sources, key=key, room=room.folder, wanted=lambda number: number not in finished):
-            if piece.number in finished:
+        for piece in cut(sources, key=key, room=room.folder, wanted=wanted):
+            if not wanted(piece.number):
                 progress.passed(piece.size)
             else:
                 yield piece
@@ -110,7 +160,7 @@ def _encode(
     for facts, size in each(encode, missing(), workers=workers):
         finished[facts.number] = facts
         progress.advance(size, facts.tokens)
-    return [finished[number] for number in range(len(finished))]
+    return [facts for _, facts in sorted(finished.items())]
 
 
 def _records(documents: Iterable[Document | Undecodable], progress: Progress) -> Iterator[Record]:
@@ -166,7 +216,7 @@ def _same_work(prefix: Path, tokenizer: Tokenizer, sources: Sequence[Source], ke
     return there
 
 
-def _refuse_output_among_inputs(prefix: Path, inputs: Iterable[str | Path]) -> None:
+def refuse_output_among_inputs(prefix: Path, inputs: Iterable[str | Path]) -> None:
     """A second run would read the first one's output."""
     target = prefix.resolve()
     for given in map(Path, inputs):

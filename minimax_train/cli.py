@@ -141,6 +141,8 @@ def _add_data(add: Any, to: Any) -> None:
     choices = ("auto", "gigatoken", "reference")
     prepared.add_argument("--encoder", choices=choices, default="auto", help="auto: gigatoken where it equals the tokenizer's own library")
     prepared.add_argument("--overwrite", action="store_true", help="replace what stands at PREFIX")
+    prepared.add_argument("--part", metavar="K/N", help="encode one part of N only, for a call with --parts N")
+    prepared.add_argument("--parts", metavar="N", type=int, help="put together what N calls with --part have encoded")
     inspected = add("inspect", _data_inspect, "Counts, lengths, sources and samples of token files.", to=to)
     inspected.add_argument("prefix", metavar="PREFIX", type=Path)
     inspected.add_argument("--png", metavar="FILE", type=Path, help="also draw the lengths")
@@ -367,20 +369,23 @@ def _submit(a: argparse.Namespace) -> int:
 
 def _data_prepare(a: argparse.Namespace) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # processes do it, --workers of them
-    from data.prepare import prepare
+    from data.parts import Share, share_of
+    from data.prepare import prepare, prepare_part
     from data.tokenizer import load_tokenizer
 
+    if a.part is not None and a.parts is not None:
+        raise ValueError("--part encodes one part, --parts puts them together: give one of the two")
+    share = None if a.part is None else share_of(a.part)
+    parts = 0 if a.parts is None else Share(count=a.parts).count
     workers = len(os.sched_getaffinity(0)) if a.workers is None else a.workers
-    sidecar = prepare(
-        a.inputs,
-        load_tokenizer(a.tokenizer, eod=a.eod),
-        a.to,
-        key=a.key,
-        overwrite=a.overwrite,
-        skip_bad=a.skip_bad,
-        workers=workers,
-        encoder=a.encoder,
-    )
+    tokenizer = load_tokenizer(a.tokenizer, eod=a.eod)
+    options = {"key": a.key, "overwrite": a.overwrite, "skip_bad": a.skip_bad, "workers": workers, "encoder": a.encoder}
+    if share is not None:
+        shards = prepare_part(a.inputs, tokenizer, a.to, share, **options)
+        documents, tokens = (sum(getattr(facts, name) for facts in shards) for name in ("documents", "tokens"))
+        print(f"{a.to}: part {share}: {len(shards):,} shards, {documents:,} documents, {tokens:,} tokens")
+        return 0
+    sidecar = prepare(a.inputs, tokenizer, a.to, parts=parts, **options)
     left_out = f"; {sidecar.bad:,} bad documents left out, the first: {sidecar.skipped[0]}" if sidecar.bad else ""
     print(f"{a.to}: {sidecar.documents:,} documents, {sidecar.tokens:,} tokens{left_out}")
     return 0
