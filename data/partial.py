@@ -80,8 +80,9 @@ class Partial:
 def partial(prefix: Path, work: dict[str, str], say: Callable[[str], None], *, part: Path | None = None) -> Iterator[Partial]:
     """The partial folder of PREFIX for this very work; what another work left in it is thrown away, unless that is still running.
 
-    `part`: the folder of a part of the dataset instead, which stays on success. On an interruption (Ctrl-C, a killed worker) the folder stays, as it does when this process is killed; on success and on any other
-    failure it goes, so that a full disk is as empty as before. Raises ValueError when another process is at it.
+    `part`: the folder of a part of the dataset instead, which stays on success. On an interruption (Ctrl-C, a killed worker) the folder
+    stays, as it does when this process is killed; on success and on any other failure it goes, so that a full disk is as empty as before.
+    Raises ValueError when another process is at it.
     """
     prefix.parent.mkdir(parents=True, exist_ok=True)
     folder = part or prefix.with_name(f".{prefix.name}.partial")

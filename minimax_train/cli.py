@@ -21,7 +21,9 @@ Verb = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit status."""
-    arguments = _parser().parse_args(argv)
+    os.umask(os.umask(0o022) | 0o002)  # no file of ours is everybody's to write, whatever the shell allows
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _submitted(words) if _submits_a_verb(words) else _parser().parse_args(words)
     verb: Verb = arguments.verb
     try:
         return verb(arguments)
@@ -50,6 +52,36 @@ def _say_for_first(line: str) -> None:
     """Ranks agree on errors (collectives.first_does), so one of them speaks."""
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(line, file=sys.stderr)
+
+
+SUBMITTED = {"data": ("prepare",), "convert": ("from-hf", "to-hf", "verify"), "evaluate": ("needle", "positions")}
+"""Verbs that `submit` takes beside a recipe."""
+
+
+def _submits_a_verb(words: Sequence[str]) -> bool:
+    """`submit data ...`, where `submit RECIPE ...` would be a recipe of that name."""
+    rest = [word for word in words[:3] if word != "--traceback"]
+    return rest[:1] == ["submit"] and rest[1:2] != [] and rest[1] in SUBMITTED
+
+
+def _submitted(words: list[str]) -> argparse.Namespace:
+    """What is submit's, and inside it the verb's own arguments, parsed as the verb does, and its words as typed."""
+    words = list(words)
+    traceback = "--traceback" in words[: words.index("submit")]
+    group, *rest = words[words.index("submit") + 1 :]
+    about = f"{' or '.join(SUBMITTED[group])}, and what `minimax-train {group}` takes: as a job of Slurm's."
+    outer = argparse.ArgumentParser(prog=f"minimax-train submit {group}", description=about, allow_abbrev=False)
+    outer.add_argument("--cluster", metavar="FILE", type=Path, required=True, help="YAML of the cluster: see slurm/clusters")
+    outer.add_argument("--dry-run", action="store_true", help="print the job scripts, write and submit nothing")
+    if group == "data":
+        outer.add_argument("--tasks", metavar="N", type=int, help="of the job array (default: one for each 256 MiB, at most `nodes`)")
+    arguments, inner = outer.parse_known_args(rest)
+    if not inner or inner[0] not in SUBMITTED[group]:
+        outer.error(f"what {group} verb? submit takes {', '.join(SUBMITTED[group])}")
+    arguments.words = [group, *inner]
+    arguments.inner = _parser().parse_args(arguments.words)
+    arguments.verb, arguments.traceback = _submit_verb, traceback
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,7 +115,11 @@ def _parser() -> argparse.ArgumentParser:
     about = "change one field of a run that was begun, from its next step on; it stays so, and is noted in RUN/overrides.jsonl"
     trained.add_argument("--override", metavar="a.b=c", action="append", default=[], dest="overrides", help=about)
     trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
-    submitted = recipe(add("submit", _submit, "Put a run's stages into Slurm's queue, one job each, every one after the one before."))
+    about = (
+        "Put a run's stages into Slurm's queue, one job each, every one after the one before. Instead of a recipe: data prepare, convert"
+    )
+    about += " from-hf, to-hf or verify, evaluate needle or positions, each with its own arguments."
+    submitted = recipe(add("submit", _submit, about))
     submitted.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder, on a file system that all nodes see")
     submitted.add_argument("--cluster", metavar="FILE", type=Path, required=True, help="YAML of the cluster: see slurm/clusters")
     submitted.add_argument("--dry-run", action="store_true", help="print the job scripts, write and submit nothing")
@@ -343,11 +379,10 @@ def _as_local(place: Any, traceback: bool, work: Callable[..., int], *arguments:
 
 
 def _submit(a: argparse.Namespace) -> int:
-    import minimax_train
     from minimax_train.recipe import as_yaml, load_plan
     from minimax_train.train.override import recorded
     from slurm.cluster import load_cluster
-    from slurm.submit import jobs_of, submit
+    from slurm.submit import jobs_of
 
     run, cluster = a.to.resolve(), load_cluster(a.cluster)
     plan = load_plan(a.recipe, [*a.settings, *recorded(run / "overrides.jsonl")])
@@ -357,13 +392,41 @@ def _submit(a: argparse.Namespace) -> int:
     if not left:
         raise ValueError(f"every stage of {run} is finished: there is nothing to submit")
     jobs = jobs_of(name=plan.name, stages=left, run=run, directory=Path.cwd(), cluster=cluster)
+    return _into_queue(a, jobs, run / "slurm", {"plan.yaml": as_yaml(plan)}, "stage")
+
+
+def _submit_verb(a: argparse.Namespace) -> int:
+    from minimax_train.submitting import convert_job, evaluate_job, prepare_jobs
+    from slurm.cluster import load_cluster
+    from slurm.submit import jobs_of_verbs
+
+    cluster, (group, action) = load_cluster(a.cluster), a.words[:2]
+    if group == "data":
+        wanted = prepare_jobs(a.inner, a.words, cluster, a.tasks)
+    elif group == "convert":
+        wanted = convert_job(a.inner, a.words, cluster, action)
+    else:
+        if action == "needle":
+            _asked(a.inner)
+        wanted = evaluate_job(a.inner, a.words, cluster, action)
+    jobs = jobs_of_verbs(wanted.verbs, name=wanted.name, folder=wanted.folder, directory=Path.cwd(), cluster=cluster)
+    return _into_queue(a, jobs, wanted.folder, {}, "job of")
+
+
+def _into_queue(a: argparse.Namespace, jobs: Any, folder: Path, files: dict[str, str], what: str) -> int:
+    """Prints the scripts, or submits them and says which jobs they are."""
+    import minimax_train
+    from slurm.cluster import load_cluster
+    from slurm.submit import submit
+
     if a.dry_run:
         for job in jobs:
             print(f"# {job.path}\n{job.text}")
         return 0
     home = Path(minimax_train.__file__).resolve().parent.parent
-    for queued in submit(jobs, run=run, plan=as_yaml(plan), cluster=a.cluster.read_text(), home=home):
-        print(f"stage {queued['stage']}: job {queued['job']}")
+    files = {**files, "cluster.yaml": a.cluster.read_text()}
+    for queued in submit(jobs, folder=folder, files=files, cluster=load_cluster(a.cluster), home=home):
+        print(f"{what} {queued['stage']}: job {queued['job']}")
     return 0
 
 
@@ -545,14 +608,10 @@ def _positions(a: argparse.Namespace) -> int:
     return 0
 
 
-def _needle(a: argparse.Namespace) -> int:
-    import torch
+def _asked(a: argparse.Namespace) -> Any:
+    from minimax_train.evaluate.grid import Asked, depths_of, keys_of, lengths_of, tasks_of
 
-    from minimax_train.evaluate.grid import Asked, depths_of, keys_of, layout_of, lengths_of, tasks_of
-    from minimax_train.evaluate.tokenizer import run_of
-    from parallel.world import run_local
-
-    asked = Asked(
+    return Asked(
         lengths=None if a.lengths is None else lengths_of(a.lengths),
         depths=depths_of(a.depths),
         tasks=tasks_of(a.tasks.split(",")),
@@ -560,6 +619,16 @@ def _needle(a: argparse.Namespace) -> int:
         seed=a.seed,
         keys=keys_of(a.keys),
     )
+
+
+def _needle(a: argparse.Namespace) -> int:
+    import torch
+
+    from minimax_train.evaluate.grid import layout_of
+    from minimax_train.evaluate.tokenizer import run_of
+    from parallel.world import run_local
+
+    asked = _asked(a)
     layout, (place, ranks) = layout_of(a.settings), _ranks(a.ranks)
     layout.data(ranks)  # refuses what does not fit
     if a.device == "cuda" and not torch.cuda.is_available():
@@ -643,12 +712,13 @@ def _print_checkpoints(path: Path, *, only_damaged: bool) -> bool:
 
 def _status(a: argparse.Namespace) -> int:
     from minimax_train.train.status import run_status
-    from slurm.submit import excluded, job_state, recorded
+    from slurm.ask import job_state
+    from slurm.submit import excluded, recorded
 
-    status = run_status(a.run)
-    if jobs := recorded(a.run):
+    status, folder = run_status(a.run), a.run / "slurm"
+    if jobs := [*recorded(folder), *recorded(folder / "evaluate")]:
         status["jobs"] = [{**job, "state": job_state(job["job"]) or "ended"} for job in jobs]
-        status["excluded_nodes"] = excluded(a.run)
+        status["excluded_nodes"] = excluded(folder)
     if a.json:
         print(json.dumps(status, indent=1))
     else:

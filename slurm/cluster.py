@@ -13,7 +13,9 @@ from ruamel.yaml.error import YAMLError
 WORD = re.compile(r"[A-Za-z0-9_.,:@/+=\[\]&|*-]+")
 """What may stand in an #SBATCH line, which the shell does not read and nothing can quote."""
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-LIMIT = re.compile(r"(\d+-)?\d{1,4}(:\d{2}){0,2}")
+LIMIT = re.compile(r"(\d+-)?\d{1,4}(:\d{2}){0,2}", re.ASCII)
+SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIAL)S?(_|$)", re.IGNORECASE)
+"""In a variable's name: its value is put into no script and shown by no trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,21 @@ class OfStage:
     __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     nodes: int | None = None
+    time_limit: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfVerb:
+    """What the job of a verb other than `train` asks for instead."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}
+
+    nodes: int | None = None
+    """convert: one unless said, each with its processes; evaluate: the run's; prepare and merge: always one a job."""
+    cpus: int | None = None
+    """Of a node; null: those of its ranks."""
+    memory: str | None = None
+    partition: str | None = None
     time_limit: str | None = None
 
 
@@ -66,6 +83,12 @@ class Cluster:
     preflight: bool = True
     free_gib: int = 10
     """Free space that preflight wants where the run writes."""
+    collectives: bool = True
+    """Preflight also lets all ranks talk to each other before the stage begins."""
+    collectives_seconds: int = 120
+    """How long that may take, once the ranks have started."""
+    least_gb_per_s: float | None = None
+    """Bandwidth below which the largest all-reduce counts as failed; null: any is good."""
     python: str = "python"
     """The interpreter that has the project's packages; inside the container, where there is one."""
     modules: tuple[str, ...] = ()
@@ -74,9 +97,12 @@ class Cluster:
     """Exported before anything runs: NCCL's and InfiniBand's settings among them."""
     container: Container | None = None
     stages: dict[str, OfStage] = field(default_factory=dict)
+    jobs: dict[Literal["prepare", "merge", "convert", "evaluate"], OfVerb] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        numbers = {name: getattr(self, name) for name in ("nodes", "ranks_per_node", "cpus_per_rank", "signal_seconds")}
+        numbers = {
+            name: getattr(self, name) for name in ("nodes", "ranks_per_node", "cpus_per_rank", "signal_seconds", "collectives_seconds")
+        }
         for name, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
@@ -92,8 +118,19 @@ class Cluster:
         for name in self.environment:
             if not NAME.fullmatch(name):
                 raise ValueError(f"environment: {name!r} is no name of a variable: letters, digits and '_', not a digit first")
-        for stage, own in {"": OfStage(time_limit=self.time_limit, nodes=self.nodes), **self.stages}.items():
-            where = f"stages.{stage}." if stage else ""
+        if self.least_gb_per_s is not None and not 0 <= self.least_gb_per_s < float("inf"):
+            raise ValueError(f"least_gb_per_s is {self.least_gb_per_s}; it must be a number from 0 on")
+        for verb, asked in self.jobs.items():
+            _check_word(f"jobs.{verb}.partition", asked.partition)
+            _check_word(f"jobs.{verb}.memory", asked.memory)
+            if asked.cpus is not None and asked.cpus < 1:
+                raise ValueError(f"jobs.{verb}.cpus is {asked.cpus}; it must be at least 1")
+        self._check_time_and_nodes()
+
+    def _check_time_and_nodes(self) -> None:
+        asked: dict[str, OfStage | OfVerb] = {"": OfStage(time_limit=self.time_limit, nodes=self.nodes)}
+        asked |= {f"stages.{stage}.": own for stage, own in self.stages.items()} | {f"jobs.{verb}.": own for verb, own in self.jobs.items()}
+        for where, own in asked.items():
             if own.time_limit is not None and not LIMIT.fullmatch(own.time_limit):
                 raise ValueError(f"{where}time_limit is {own.time_limit!r}; write minutes, HH:MM:SS or D-HH:MM:SS")
             if own.nodes is not None and own.nodes < 1:
@@ -107,6 +144,14 @@ class Cluster:
 
     def ranks_of(self, stage: str) -> int:
         return self.nodes_of(stage) * self.ranks_per_node
+
+    def secrets(self) -> dict[str, str]:
+        """Variables whose names say that nobody should read them."""
+        return {name: value for name, value in self.environment.items() if SECRET.search(name)}
+
+    def partitions(self) -> set[str]:
+        """Every one that some job asks for."""
+        return {name for name in (self.partition, *(verb.partition for verb in self.jobs.values())) if name is not None}
 
 
 def _check_word(name: str, value: str | None) -> None:

@@ -69,7 +69,7 @@ def submit(slurm: Slurm, recipe: Path, run: Path, cluster: Path, *more: str) -> 
     command = [sys.executable, "-m", "minimax_train.cli", "submit", str(recipe), "--to", str(run), "--cluster", str(cluster), *more]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=slurm.environment, cwd=HOME)
     assert done.returncode == 0, done.stderr
-    return [job["job"] for job in recorded(run)]
+    return [job["job"] for job in recorded(run / "slurm")]
 
 
 def events(run: Path) -> str:
@@ -126,7 +126,7 @@ def test_preflight_sends_it_elsewhere(slurm: Slurm, recipe: Path, undisturbed: P
     first, second, *_ = submit(slurm, recipe, run, machine(tmp_path, python=str(python)))  # the other job may be there already
     assert slurm.ended(second, 200) == "COMPLETED", log(run)
     assert slurm.job(first)["JobState"] == "FAILED"
-    instead = next(job for job in recorded(run) if job.get("instead_of") == first)
+    instead = next(job for job in recorded(run / "slurm") if job.get("instead_of") == first)
     assert slurm.job(instead["job"])["JobState"] == "COMPLETED" and "n1" not in slurm.job(instead["job"])["NodeList"]
     assert (run / "slurm" / "excluded").read_text().split() == ["n1"]
     assert "preflight: n1: no answer" in events(run)
@@ -163,5 +163,5 @@ def test_cancelled(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
     slurm.run("scancel", str(first))
     assert slurm.ended(first) == "CANCELLED" and slurm.ended(second) == "CANCELLED"
     assert len(submit(slurm, recipe, run, cluster)) == 4
-    slurm.run("scancel", *(str(job) for job in [job["job"] for job in recorded(run)][2:]))
+    slurm.run("scancel", *(str(job) for job in [job["job"] for job in recorded(run / "slurm")][2:]))
     assert (run / "slurm" / "code" / "minimax_train" / "cli.py").exists()

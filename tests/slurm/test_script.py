@@ -10,7 +10,7 @@ import pytest
 from minimax_train.cli import main
 from minimax_train.recipe import load_plan
 from slurm.cluster import Cluster, Container, OfStage, load_cluster
-from slurm.script import job_script
+from slurm.script import Verb, job_script, verb_script
 
 HERE, HOME = Path(__file__).parent, Path(__file__).parents[2]
 CHAINS = {"cpu": "recipes.tiny:stdlib", "h800": "recipes.ladder:hybrid_7b"}
@@ -29,8 +29,35 @@ def test_as_reviewed(cluster: str, stage: str) -> None:
     assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False).stderr == ""
 
 
+def preparing(*words: str) -> tuple[str, ...]:
+    return ("data", "prepare", "/texts/a b", "--tokenizer", "T", "--to", "/tokens/corpus", *words)
+
+
+VERBS = (
+    Verb(job="prepare", about="One part of the token files a task", commands=(preparing("--workers", "4"),), array=8),
+    Verb(
+        job="merge",
+        about="The parts of the token files put together and verified",
+        commands=(preparing("--parts", "8"), ("data", "verify", "/tokens/corpus", "--tokenizer", "T")),
+    ),
+    Verb(job="convert", about="convert to-hf", commands=(("convert", "to-hf", "/shared/runs/mine", "--to", "/shared/hf"),)),
+    Verb(job="evaluate", about="evaluate needle", commands=(("evaluate", "needle", "/shared/runs/mine"),), whole_run=True),
+)
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.job)
+@pytest.mark.parametrize("cluster", CHAINS)
+def test_verbs_as_reviewed(cluster: str, verb: Verb) -> None:
+    """The same for jobs of other verbs."""
+    known = load_cluster(HOME / "slurm" / "clusters" / f"{cluster}.yaml")
+    text = verb_script(verb, name="corpus", folder=Path("/tokens/corpus.slurm"), directory=Path("/shared/minimax-train"), cluster=known)
+    assert text == (HERE / "golden" / f"{cluster}-{verb.job}.sbatch").read_text()
+    assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False).stderr == ""
+
+
 def test_no_golden_file_too_many() -> None:
-    assert {path.stem for path in (HERE / "golden").iterdir()} == {f"{cluster}-{stage}" for cluster, stage in SCRIPTS}
+    verbs = {f"{cluster}-{verb.job}" for cluster in CHAINS for verb in VERBS}
+    assert {path.stem for path in (HERE / "golden").iterdir()} == verbs | {f"{cluster}-{stage}" for cluster, stage in SCRIPTS}
 
 
 CPU = load_cluster(HOME / "slurm" / "clusters" / "cpu.yaml")
