@@ -154,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--gpus", metavar="N", type=int, default=0, help="with --node: GPUs that must be there")
     doctor.add_argument("--space", metavar="PATH", type=Path, default=Path(), help="with --node: where the run writes")
     doctor.add_argument("--free-gib", metavar="N", type=int, default=0, help="with --node: free space wanted there")
+    doctor.add_argument("--collectives", metavar="DIR", type=Path, help="preflight of a job's ranks: all talk, and say in DIR how it went")
+    doctor.add_argument("--seconds", metavar="N", type=float, default=120.0, help="with --collectives: at most so long (default: 120)")
+    doctor.add_argument("--least", metavar="GB/S", type=float, default=0.0, help="with --collectives: slower is wrong (default: none is)")
+    doctor.add_argument("--device", choices=("cpu", "cuda"), help="with --collectives (default: cuda where torch can use one)")
     return parser
 
 
@@ -737,6 +741,8 @@ def _report(a: argparse.Namespace) -> int:
 
 
 def _doctor(a: argparse.Namespace) -> int:
+    if a.collectives is not None:
+        return _collectives(a)
     if a.node is not None:
         from minimax_train.preflight import check_node
 
@@ -755,6 +761,20 @@ def _doctor(a: argparse.Namespace) -> int:
         _check_device(plan)
         print(f"{'plan':24}{plan.name}: loads, fits device {plan.device}; {plan.total_steps} steps in {len(plan.stages)} stages")
     return 0
+
+
+def _collectives(a: argparse.Namespace) -> int:
+    import torch
+
+    from minimax_train.collectives import check_collectives
+    from parallel.world import Place, find_place
+
+    if not 0 < a.seconds < float("inf"):
+        raise ValueError(f"--seconds is {a.seconds}; it must be a positive number")
+    place = find_place(os.environ) or Place()
+    device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    return 0 if check_collectives(a.collectives, name, place, device, seconds=a.seconds, least=a.least) else 1
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def _render(template: str, cluster: Cluster, **values: object) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+        comment_start_string="{%#", comment_end_string="#%}",  # the usual ones are the shell's, as in ${#bad[@]}
     )  # fmt: skip
     environment.filters["sh"] = lambda value: shlex.quote(str(value))
     secrets = cluster.secrets()

@@ -4,6 +4,7 @@ Where they are not installed, Debian's packages are unpacked (14 MB) into a fold
 `stop` ends what was started and the processes of its jobs, known by the cluster's name in their environment.
 """
 
+import json
 import os
 import pwd
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -196,6 +198,23 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
                 assert not fail, f"waited {limit} s for {what}: {self.run('squeue', check=False)}"
                 return
             time.sleep(0.1)
+
+
+def machine(folder: Path, **changes: object) -> Path:
+    """A cluster's file: two nodes with two ranks each, all on this machine."""
+    fields: dict[str, object] = {
+        "nodes": 2,
+        "ranks_per_node": 2,
+        "time_limit": "10",
+        "signal_seconds": 60,
+        "free_gib": 0,
+        "collectives": False,
+        "python": sys.executable,
+        "environment": {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"},
+    }
+    path = folder / "cluster.yaml"
+    path.write_text(json.dumps({**fields, **changes}))
+    return path
 
 
 def _variable(process: psutil.Process, name: str) -> str | None:

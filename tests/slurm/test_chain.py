@@ -1,35 +1,21 @@
 """Chains of stages on real Slurm daemons: to the end, through time limits, bad nodes and dead ones, and not past a broken stage."""
 
 import json
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 
 from minimax_train.recipe import as_yaml
 from parallel.layout import Layout
 from slurm.submit import recorded
-from tests.slurm.daemons import Slurm, unpack
+from tests.slurm.daemons import Slurm, machine
 from tests.support import little_plan
 from tests.train.test_resume import figures
 
 pytestmark = pytest.mark.timeout(400)
 HOME = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def slurm() -> Iterator[Slurm]:
-    root = Path(mkdtemp(prefix="slurm-"))  # short: the paths of sockets are
-    cluster = Slurm(root / "c", unpack(root / "p"), nodes=3)
-    cluster.start()
-    yield cluster
-    left = cluster.stop()
-    shutil.rmtree(root)
-    assert left == []
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +33,6 @@ def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HOME)
     assert done.returncode == 0, done.stderr
     return folder
-
-
-def machine(folder: Path, **changes: object) -> Path:
-    """A cluster's file: two nodes with two ranks each."""
-    fields: dict[str, object] = {
-        "nodes": 2,
-        "ranks_per_node": 2,
-        "time_limit": "10",
-        "signal_seconds": 60,
-        "free_gib": 0,
-        "python": sys.executable,
-        "environment": {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"},
-    }
-    path = folder / "cluster.yaml"
-    path.write_text(json.dumps({**fields, **changes}))
-    return path
 
 
 def submit(slurm: Slurm, recipe: Path, run: Path, cluster: Path, *more: str) -> list[int]:
@@ -84,12 +54,12 @@ def log(run: Path) -> str:
 def test_a_chain_runs_to_the_end(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Two stages, two jobs, on two nodes with two ranks each: the figures of four local ranks. Edits behind it are not seen."""
     run = tmp_path / "run"
-    first, second = submit(slurm, recipe, run, machine(tmp_path))
+    first, second = submit(slurm, recipe, run, machine(tmp_path, collectives=True))
     assert slurm.job(second)["Dependency"].startswith(f"afterok:{first}")
     assert slurm.ended(first) == "COMPLETED", log(run)
     assert slurm.ended(second) == "COMPLETED", log(run)
     assert figures(run) == figures(undisturbed)
-    assert events(run).count("is finished") == 2
+    assert events(run).count("is finished") == 2 and events(run).count("all ranks heard each other; all-reduce of 8,388,608 bytes") == 2
     status = [sys.executable, "-m", "minimax_train.cli", "status", str(run), "--json"]
     said = json.loads(subprocess.run(status, capture_output=True, text=True, env=slurm.environment, timeout=60, check=True).stdout)
     assert said["finished"] and [(job["stage"], job["state"]) for job in said["jobs"]] == [("64", "ended"), ("256", "ended")]
@@ -130,6 +100,20 @@ def test_preflight_sends_it_elsewhere(slurm: Slurm, recipe: Path, undisturbed: P
     assert slurm.job(instead["job"])["JobState"] == "COMPLETED" and "n1" not in slurm.job(instead["job"])["NodeList"]
     assert (run / "slurm" / "excluded").read_text().split() == ["n1"]
     assert "preflight: n1: no answer" in events(run)
+    assert figures(run) == figures(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_whose_ranks_hang(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Its ranks stop when they should talk to the others: found by themselves, excluded; the run is trained elsewhere."""
+    run = tmp_path / "run"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\n[[ $SLURMD_NODENAME == n2 && $* == *--collectives* ]] && kill -STOP $$\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    first, second, *_ = submit(slurm, recipe, run, machine(tmp_path, python=str(python), collectives=True, collectives_seconds=25))
+    assert slurm.ended(second, 350) == "COMPLETED", log(run)
+    assert slurm.job(first)["JobState"] == "FAILED" and (run / "slurm" / "excluded").read_text().split() == ["n2"]
+    assert "nothing came within 25 s" in events(run)
     assert figures(run) == figures(undisturbed)
 
 
