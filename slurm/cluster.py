@@ -115,6 +115,8 @@ class Cluster:
             _check_word(name, getattr(self, name))
         for node in self.exclude:
             _check_word("exclude", node)
+        if "\0" in "".join([self.python, *self.modules, *self.environment.values(), *_texts(self.container)]):
+            raise ValueError("python, modules, environment and container are texts for a shell, which has no character of code 0")
         for name in self.environment:
             if not NAME.fullmatch(name):
                 raise ValueError(f"environment: {name!r} is no name of a variable: letters, digits and '_', not a digit first")
@@ -152,6 +154,10 @@ class Cluster:
     def partitions(self) -> set[str]:
         """Every one that some job asks for."""
         return {name for name in (self.partition, *(verb.partition for verb in self.jobs.values())) if name is not None}
+
+
+def _texts(container: Container | None) -> list[str]:
+    return [] if container is None else [container.image, *container.mounts]
 
 
 def _check_word(name: str, value: str | None) -> None:

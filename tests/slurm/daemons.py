@@ -179,7 +179,7 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         done = subprocess.run(
             [path, *command[1:]], env=self.environment, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL
         )
-        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        assert not check or done.returncode == 0, f"{command}: status {done.returncode}: {done.stderr}"
         return done.stdout.strip()
 
     def job(self, number: int) -> dict[str, str]:
@@ -188,8 +188,13 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
     def ended(self, number: int, limit: float = 120) -> str:
         """The state in which the job ended."""
-        self.until(lambda: self.job(number)["JobState"] in OVER, f"job {number} over", limit=limit)
+        self.until(lambda: self._state(number) in OVER, f"job {number} over", limit=limit)
         return self.job(number)["JobState"]
+
+    def _state(self, number: int) -> str:
+        """Asked again and again on a busy machine: once without an answer is not the end."""
+        found = re.search(r"JobState=(\S+)", self.run("scontrol", "show", "job", str(number), "-o", check=False))
+        return found[1] if found else ""
 
     def until(self, true: Callable[[], object], what: str, limit: float = 60, *, fail: bool = True) -> None:
         end = time.monotonic() + limit
@@ -197,7 +202,7 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             if time.monotonic() > end:
                 assert not fail, f"waited {limit} s for {what}: {self.run('squeue', check=False)}"
                 return
-            time.sleep(0.1)
+            time.sleep(0.25)
 
 
 def machine(folder: Path, **changes: object) -> Path:

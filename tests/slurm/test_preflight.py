@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from minimax_train.cli import main
-from minimax_train.preflight import check_node, versions
+from minimax_train.preflight import check_node, fatal_events, held_down, versions
 
 
 def test_a_good_node(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, wrong:
     """What nvidia-smi says, said by a stand-in, for there is none here."""
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()
-    tool.write_text(f"#!/bin/sh\nprintf '%s' '{said}'\n")
+    tool.write_text(f"#!/bin/sh\ncase $1 in *clocks*) exit 6;; esac\nprintf '%s' '{said}'\n")  # an old driver: no such question
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
     assert check_node(tmp_path, "n1", gpus=2, space=tmp_path, free_gib=0) == wrong
@@ -52,3 +52,39 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """Nothing is written then, which the job's script takes for no answer."""
     with pytest.raises(OSError, match="missing"):
         check_node(tmp_path / "missing", "n1", gpus=0, space=tmp_path, free_gib=0)
+
+
+CLOCKS = """\
+0, Not Active, Not Active, Not Active
+1, Active, Active, Not Active
+2, [N/A], [N/A], [N/A]
+3, Not Active, Not Active, Active
+"""
+"""An example, written after nvidia-smi's documentation; recorded on no machine of ours."""
+
+
+def test_clocks() -> None:
+    assert held_down(CLOCKS) == [
+        "GPU 1: clocks held down: hw slowdown",
+        "GPU 1: clocks held down: hw thermal slowdown",
+        "GPU 3: clocks held down: hw power brake slowdown",
+    ]
+    assert held_down("") == held_down("Field is not a valid field to query.") == []
+
+
+LOG = """\
+[    1.000000] Linux version 6.8.0
+[  100.500000] NVRM: Xid (PCI:0000:1b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
+[ 9000.250000] NVRM: Xid (PCI:0000:3b:00): 31, pid=4242, name=python, Ch 00000008, MMU Fault: ENGINE GRAPHICS
+[ 9000.500000] NVRM: Xid (PCI:0000:3b:00): 74, pid='<unknown>', name=<unknown>, NVLink: fatal error detected on link 3
+[ 9000.600000] NVRM: Xid (PCI:0000:3b:00): 74, pid='<unknown>', name=<unknown>, NVLink: fatal error detected on link 3
+[ 9001.000000] python[4242]: says NVRM: Xid (PCI:0000:5e:00): 79, which is no line of the driver's
+"""
+"""An example, written after NVIDIA's list of XIDs; recorded on no machine of ours."""
+
+
+def test_fatal_events() -> None:
+    """The machine's of the last hour, once each; not a program's own fault, not an old one."""
+    assert fatal_events(LOG, 9100.0) == ["GPU at 0000:3b:00: XID 74: NVLink error"]
+    assert fatal_events(LOG, 200.0)[0] == "GPU at 0000:1b:00: XID 79: fallen off the bus"
+    assert fatal_events("", 1.0) == []
