@@ -12,6 +12,8 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from minimax_train.cli import main
+from slurm.cluster import load_cluster
+from slurm.script import job_script
 from tests.slurm.stubs import calls, execute, stubs
 from tests.support import FIXTURE, little_plan
 
@@ -37,8 +39,6 @@ HOSTILE = (
     "ü\u202e",
     "nul\0nul",
 )
-FREE = ("python", "modules", "environment", "image", "mounts")
-"""Fields of the cluster's file that hold any text; in the others only words can stand."""
 WORDS = ("partition", "account", "qos", "constraint", "memory", "exclude", "time_limit", "job partition", "name of a variable")
 
 
@@ -52,23 +52,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def cluster(place: Path, field: str, value: str) -> list[str]:
-    fields: dict[str, Any] = {"nodes": 2, "ranks_per_node": 2, "preflight": False, "time_limit": "10"}
-    if field == "environment":
-        fields["environment"] = {"HOSTILE": value, "MY_TOKEN": value}
-    elif field == "name of a variable":
-        fields["environment"] = {value: "1"}
-    elif field in ("image", "mounts"):
-        fields["container"] = {
-            "kind": "apptainer",
-            "image": value if field == "image" else "i",
-            "mounts": [value] if field == "mounts" else [],
-        }
-    elif field == "job partition":
-        fields["jobs"] = {"prepare": {"partition": value}}
-    else:
-        fields[field] = [value] if field in ("modules", "exclude") else value
-    (place / "cluster.yaml").write_text(json.dumps(fields))
+def cluster(place: Path, **fields: Any) -> list[str]:
+    known: dict[str, Any] = {"nodes": 2, "ranks_per_node": 2, "preflight": False, "time_limit": "10"}
+    (place / "cluster.yaml").write_text(json.dumps({**known, **fields}))
     return ["--cluster", str(place / "cluster.yaml")]
 
 
@@ -88,42 +74,45 @@ def pwned(place: Path) -> bool:
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-@pytest.mark.parametrize("field", FREE)
-def test_any_text_arrives_as_it_is(place: Path, capsys: pytest.CaptureFixture[str], field: str, hostile: str) -> None:
-    """Submitted and run: srun and the rest get the text itself."""
-    run = place / "run"
-    status = main(["submit", "recipes.tiny:stdlib", "--to", str(run), *cluster(place, field, hostile)])
+def test_any_text_arrives_as_it_is(place: Path, capsys: pytest.CaptureFixture[str], hostile: str) -> None:
+    """Where the cluster's file holds texts: submitted and run, srun and the rest get the text itself."""
+    run, container = place / "run", {"kind": "apptainer", "image": f"image{hostile}", "mounts": [f"mount{hostile}"]}
+    environment = {"HOSTILE": hostile, "MY_TOKEN": hostile}
+    known = cluster(place, python=hostile, modules=[f"module{hostile}"], environment=environment, container=container)
+    status = main(["submit", "recipes.tiny:stdlib", "--to", str(run), *known])
     if "\0" in hostile:
         assert status == 2 and capsys.readouterr().err.count("\n") == 1 and not run.exists()
         return
     assert status == 0
     for script in scripts(run / "slurm"):
-        done = execute(script.read_text(), place / "stubs", STUB_TRAIN='printf "%s" "${HOSTILE-}|${MY_TOKEN-}" > "$STUB/seen"; exit 2')
+        done = execute(script.read_text(), place / "stubs", STUB_TRAIN='printf "%s" "$HOSTILE|$MY_TOKEN" > "$STUB/seen"; exit 2')
         assert done.returncode == 2, done.stderr
     assert not pwned(place)
-    told = [word for words in calls(place / "stubs") for word in words]
-    if field == "environment":
-        assert (place / "stubs" / "seen").read_text() == f"{hostile}|{hostile}"
-    else:
-        assert any(hostile.replace("\n", "~") in word for word in told)
+    assert (place / "stubs" / "seen").read_text() == f"{hostile}|{hostile}"
+    told, flat = [word for words in calls(place / "stubs") for word in words], hostile.replace("\n", "~")
+    assert {flat, f"image{flat}", f"module{flat}"} <= set(told) and any(word.endswith(f",mount{flat}") for word in told)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-@pytest.mark.parametrize("field", WORDS)
-def test_words_are_refused(place: Path, capsys: pytest.CaptureFixture[str], field: str, hostile: str) -> None:
-    """What stands in a line of #SBATCH: one line, status 2, nothing written. Two are harmless: a word, and Slurm's own list of all."""
-    status = main(["submit", "recipes.tiny:stdlib", "--to", str(place / "run"), *cluster(place, field, hostile)])
-    if status == 0:
-        assert hostile in ("-rf", "*") and scripts(place / "run" / "slurm")
-    else:
-        assert status == 2 and capsys.readouterr().err.count("\n") == 1 and not (place / "run").exists()
-    assert not pwned(place)
+def test_words_are_refused(place: Path, hostile: str) -> None:
+    """What stands in a line of #SBATCH: in one line. Two are harmless: a word, and Slurm's own list of all."""
+    fields = [{field: hostile} for field in ("partition", "account", "qos", "constraint", "memory", "time_limit")]
+    fields += [{"exclude": [hostile]}, {"environment": {hostile: "1"}}, {"jobs": {"prepare": {"partition": hostile}}}]
+    for field in fields:
+        file = Path(cluster(place, **field)[1])
+        if hostile in ("-rf", "*") and not {"environment", "time_limit"} & set(field):
+            text = job_script(name="x", stage="y", run=place / "run", directory=place, cluster=load_cluster(file))
+            assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=True).stderr == ""
+        else:
+            with pytest.raises(ValueError, match="cluster.yaml") as refused:
+                load_cluster(file)
+            assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_names_and_paths(place: Path, capsys: pytest.CaptureFixture[str], hostile: str) -> None:
     """Of a plan, a stage, and the run's folder: refused, or harmless."""
-    known = cluster(place, "python", "python")
+    known = cluster(place)
     for words in (
         ["--to", str(place / "run"), "--set", f"name={json.dumps(hostile)}"],
         ["--to", str(place / "run"), "--set", f"stages.0.name={json.dumps(hostile)}"],
@@ -146,7 +135,7 @@ def test_words_of_a_verb(place: Path, hostile: str) -> None:
     (folder / "a.jsonl").write_text('{"text": "one two"}\n')
     (place / "tokenizer.json").write_bytes(train_tokenizer(["one two"], vocabulary=280).content)
     given = ["data", "prepare", str(folder), "--tokenizer", "tokenizer.json", f"--key={hostile}", "--to", "tokens"]
-    assert main(["submit", *given, *cluster(place, "python", "python")]) == 0
+    assert main(["submit", *given, *cluster(place)]) == 0
     for script in scripts(place / "tokens.slurm"):
         assert execute(script.read_text(), place / "stubs").returncode == 0
     told = [words for words in calls(place / "stubs") if words[0] == "srun" and "prepare" in words]
@@ -182,7 +171,7 @@ def test_secrets_are_not_shown(place: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_modes_stay_private(place: Path) -> None:
     """Also where an older file was open to all."""
-    words = ["submit", "recipes.tiny:stdlib", "--to", str(place / "run"), *cluster(place, "environment", "x")]
+    words = ["submit", "recipes.tiny:stdlib", "--to", str(place / "run"), *cluster(place, environment={"MY_TOKEN": "x"})]
     assert main(words) == 0
     (place / "run" / "slurm" / "secrets").chmod(0o666)
     (place / "run" / "slurm" / "jobs.jsonl").unlink()
@@ -197,7 +186,7 @@ def test_no_file_is_everybody_s_to_write(place: Path, corpus: Path) -> None:
     (place / "little.yaml").write_text(as_yaml(little_plan(corpus, steps=2)))
     (place / "tokenizer.json").write_bytes(train_tokenizer(["one two"], vocabulary=280).content)
     (place / "text.txt").write_text("one two")
-    known = cluster(place, "environment", "x")
+    known = cluster(place, environment={"MY_TOKEN": "x"})
     (place / "out").mkdir()
     told = [
         ["data", "prepare", "text.txt", "--tokenizer", "tokenizer.json", "--to", "out/tokens"],
