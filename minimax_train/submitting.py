@@ -61,8 +61,6 @@ def convert_job(a: Namespace, words: Sequence[str], cluster: Cluster, action: st
     """from-hf and to-hf on as many nodes as asked for, verify on one; all on processors."""
     verb = Verb(job="convert", about=f"convert {action}", commands=(tuple(words),))
     nodes = nodes_of(verb, cluster)
-    if action == "plan":
-        raise ValueError("convert plan allocates nothing: call it here, without submit")
     if action == "verify":
         if nodes > 1:
             raise ValueError(f"jobs.convert.nodes is {nodes}; convert verify runs on one node: leave it out for this job")

@@ -75,7 +75,7 @@ def test_a_failed_task_stops_the_chain(slurm: Slurm, place: Path) -> None:
 
 def test_convert(slurm: Slurm, place: Path) -> None:
     """A Hugging Face folder to a checkpoint, by a process on each of two nodes."""
-    weights, cluster = place / "weights", machine(place, jobs={"convert": {"nodes": 2}})
+    weights, cluster = place / "weights", machine(place, account="any", jobs={"convert": {"nodes": 2}})  # no accounting: not refused
     submit(slurm, "convert", "from-hf", str(FIXTURE), "--to", str(weights), "--cluster", str(cluster))
     job = recorded(place / "weights.slurm")[-1]["job"]
     assert slurm.ended(job) == "COMPLETED" and slurm.job(job)["NumNodes"] == "2", log(place / "weights.slurm")

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from minimax_train.cli import main
+from minimax_train.recipe import as_yaml
 from minimax_train.train.folder import owned
+from tests.support import little_plan
 
 HOLD = "import sys, time; from pathlib import Path; from minimax_train.train.folder import owned\nwith owned(Path(sys.argv[1])):\n"
 HOLD += "    print('held', flush=True); time.sleep(600)"
@@ -34,6 +37,20 @@ def test_the_second_refuses(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "lock").exists()
     with owned(tmp_path / "run"):
         pass
+
+
+def test_on_the_command_line(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two jobs on one run: the second is told in a line, and the first one's files stay."""
+    (tmp_path / "little.yaml").write_text(as_yaml(little_plan(corpus)))
+    process = holder(tmp_path / "run")
+    try:
+        assert main(["train", str(tmp_path / "little.yaml"), "--to", str(tmp_path / "run")]) == 2
+    finally:
+        process.kill()
+        process.wait()
+    error = capsys.readouterr().err
+    assert "another process is training in" in error and error.count("\n") == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_an_old_lock_file(tmp_path: Path) -> None:
