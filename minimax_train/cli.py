@@ -774,7 +774,10 @@ def _collectives(a: argparse.Namespace) -> int:
     place = find_place(os.environ) or Place()
     device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    return 0 if check_collectives(a.collectives, name, place, device, seconds=a.seconds, least=a.least) else 1
+    good = check_collectives(a.collectives, name, place, device, seconds=a.seconds, least=a.least)
+    if place.rank == 0:
+        print((a.collectives / f"{name}.0.collectives").read_text(), end="", file=sys.stderr)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class OfVerb:
     __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     nodes: int | None = None
-    """convert: one unless said, each with its processes; evaluate: the run's; prepare and merge: always one a job."""
+    """convert: one unless said, each with its processes; evaluate: the run's, for needles; prepare and merge: one each."""
     cpus: int | None = None
     """Of a node; null: those of its ranks."""
     memory: str | None = None
@@ -125,6 +125,8 @@ class Cluster:
         for verb, asked in self.jobs.items():
             _check_word(f"jobs.{verb}.partition", asked.partition)
             _check_word(f"jobs.{verb}.memory", asked.memory)
+            if verb in ("prepare", "merge") and asked.nodes is not None:
+                raise ValueError(f"jobs.{verb}.nodes is {asked.nodes}; each of these jobs has one node: leave it out, and say --tasks N")
             if asked.cpus is not None and asked.cpus < 1:
                 raise ValueError(f"jobs.{verb}.cpus is {asked.cpus}; it must be at least 1")
         self._check_time_and_nodes()

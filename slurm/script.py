@@ -90,7 +90,9 @@ def verb_script(verb: Verb, *, name: str, folder: Path, directory: Path, cluster
 def nodes_of(verb: Verb, cluster: Cluster) -> int:
     """How many the job asks for."""
     asked = cluster.jobs.get(verb.job, OfVerb()).nodes  # type: ignore[call-overload]
-    return 1 if verb.job in ("prepare", "merge") else asked or (cluster.nodes if verb.whole_run else 1)
+    if verb.whole_run:
+        return asked or cluster.nodes
+    return asked or 1 if verb.job == "convert" else 1
 
 
 def cpus_of(verb: Verb, cluster: Cluster) -> int:

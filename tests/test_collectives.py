@@ -95,5 +95,6 @@ def test_alone_and_too_slow(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for name in ("RANK", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     assert main(["doctor", "--collectives", str(folder), "--device", "cpu", "--least", "1e9"]) == 0
+    assert "all-reduce of 8,388,608 bytes" in capsys.readouterr().err
     assert main(["doctor", "--collectives", str(folder), "--seconds", "0"]) == 2
     assert "--seconds is 0.0" in capsys.readouterr().err

@@ -9,8 +9,8 @@ import pytest
 
 from minimax_train.cli import main
 from minimax_train.recipe import load_plan
-from slurm.cluster import Cluster, Container, OfStage, load_cluster
-from slurm.script import Verb, job_script, verb_script
+from slurm.cluster import Cluster, Container, OfStage, OfVerb, load_cluster
+from slurm.script import Verb, job_script, nodes_of, verb_script
 
 HERE, HOME = Path(__file__).parent, Path(__file__).parents[2]
 CHAINS = {"cpu": "recipes.tiny:stdlib", "h800": "recipes.ladder:hybrid_7b"}
@@ -102,6 +102,13 @@ def test_containers(kind: str) -> None:
         ({"time_limit": "tomorrow"}, "time_limit is 'tomorrow'"),
         ({"stages": {"2K": {"nodes": 0}}}, "nodes is 0"),
         ({"node": 3}, "its fields: nodes"),
+        ({"jobs": {"merge": {"nodes": 2}}}, "say --tasks N"),
+        ({"jobs": {"convert": {"nodes": 0}}}, "jobs.convert.nodes is 0"),
+        ({"jobs": {"convert": {"cpus": 0}}}, "jobs.convert.cpus is 0"),
+        ({"jobs": {"evaluate": {"time_limit": "soon"}}}, "jobs.evaluate.time_limit is 'soon'"),
+        ({"jobs": {"train": {}}}, "jobs.train"),
+        ({"least_gb_per_s": -1.0}, "least_gb_per_s is -1"),
+        ({"collectives_seconds": 0}, "collectives_seconds is 0"),
         ({"nodes": "2"}, "nodes: "),
         ({"container": {"kind": "docker", "image": "x"}}, "container.kind"),
     ],
@@ -137,3 +144,11 @@ def test_what_a_stage_asks_for_instead() -> None:
     cluster = replace(CPU, stages={"8K": OfStage(nodes=4, time_limit="5")})
     assert "--nodes=4" in script(cluster, stage="8K") and "--time=5" in script(cluster, stage="8K")
     assert "--nodes=2" in script(cluster) and cluster.ranks_of("8K") == 8
+
+
+def test_how_many_nodes_a_verb_gets() -> None:
+    """Loss by position is computed on one rank, whatever needles have."""
+    cluster = replace(CPU, jobs={"evaluate": OfVerb(nodes=3), "convert": OfVerb(nodes=4)})
+    prepare, _, convert, needle = VERBS
+    assert [nodes_of(verb, cluster) for verb in (prepare, convert, needle, replace(needle, whole_run=False))] == [1, 4, 3, 1]
+    assert [nodes_of(verb, CPU) for verb in (prepare, convert, needle)] == [1, 1, 2]
