@@ -180,7 +180,8 @@ def test_modes_stay_private(place: Path) -> None:
 
 
 def test_no_file_is_everybody_s_to_write(place: Path, corpus: Path) -> None:
-    """Whatever the shell allows: a short training, a conversion, token files, and scripts, under umask 0."""
+    """Whatever the shell allows: a short training, a conversion, token files, and scripts, under umask 0. And none of them keeps or
+    prints what the shell's own variables hold."""
     from minimax_train.recipe import as_yaml
 
     (place / "little.yaml").write_text(as_yaml(little_plan(corpus, steps=2)))
@@ -195,9 +196,11 @@ def test_no_file_is_everybody_s_to_write(place: Path, corpus: Path) -> None:
         ["train", "little.yaml", "--to", "out/run"],
     ]
     program = f"import os; os.umask(0); from minimax_train.cli import main; raise SystemExit(sum(main(words) for words in {told!r}))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=place)
-    assert done.returncode == 0, done.stderr
+    own = {**os.environ, "HF_TOKEN": SECRET, "OTHER": SECRET}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, cwd=place, env=own)
+    assert done.returncode == 0 and SECRET not in done.stdout + done.stderr, done.stderr
     script = (place / "out" / "submitted" / "slurm" / "2K.sbatch").read_text()
     execute(f"umask 0\n{script}", place / "stubs", STUB_TRAIN="exit 2")
     written = [path for path in (place / "out").rglob("*") if not path.is_symlink()]
+    assert not [path for path in written if path.is_file() and SECRET.encode() in path.read_bytes()]
     assert len(written) > 40 and [str(path) for path in written if path.stat().st_mode & stat.S_IWOTH] == []
