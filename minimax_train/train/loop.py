@@ -33,6 +33,8 @@ from minimax_train.train.schedule import learning_rate
 from minimax_train.train.stage_rows import stage_sampler
 from minimax_train.train.validate import score, validation_rows
 from parallel.collectives import all_sum, first_does
+from parallel.pulse import Pulse
+from parallel.world import PATIENCE
 
 
 def train(
@@ -44,22 +46,26 @@ def train(
     profile: bool = False,
     overrides: Sequence[str] = (),
     pause: Pause | None = None,
+    pulse: Pulse | None = None,
 ) -> Progress:
     """Runs the plan's stages in `run`, from its newest good checkpoint; returns where it stopped. All ranks call it.
 
     It stops before a stage of another layout than the session's, and after stage number `through`. `overrides`: see override.py. Once
-    `pause` is asked for on any rank, it saves after the step and returns.
+    `pause` is asked for on any rank, it saves after the step and returns. `pulse` hears what is being done.
 
     ValueError on bad input, before anything is written; OSError when the disk refuses a checkpoint; FloatingPointError when the loss
     or the gradient stops being a number.
     """
+    pulse = pulse or Pulse(session.place)
     with ExitStack() as stack:
+        stack.enter_context(pulse.watch(session.groups))
+        stack.enter_context(pulse.during("opening the run", PATIENCE.total_seconds()))
         folder, last = RunFolder(run), len(plan.stages) - 1 if through is None else through
         first_does(lambda: _own(stack, run), session.groups.world)
         opening: Opening = first_does(lambda: open_run(plan, folder, overrides), session.groups.world)
         if plan.layout_of(opening.progress.stage) != session.groups.layout:
             return opening.progress
-        progress = _Run(plan, folder, session, opening, pause).go(last, profile=profile)
+        progress = _Run(plan, folder, session, opening, pause, pulse).go(last, profile=profile)
         first_does(lambda: folder.mark_finished(plan, progress), session.groups.world)
         return progress
 
@@ -81,9 +87,11 @@ def _remove_if_unused(run: Path) -> None:
 class _Run:
     """One process's part in a run: the state that goes through the loop."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening, pause: Pause | None) -> None:
-        self.plan, self.folder, self.session, self.pause = plan, folder, session, pause
+    def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening, pause: Pause | None, pulse: Pulse) -> None:
+        self.plan, self.folder, self.session, self.pause, self.pulse = plan, folder, session, pause, pulse
         self.paused = False
+        self.fresh = True
+        """The first step of a process may compile kernels, which takes long."""
         self.data = open_data(plan)
         lengths = {stage.length for stage in plan.stages}
         self.held_out = {length: validation_rows(self.data.validation, length, plan.validation.tokens) for length in lengths}
@@ -130,7 +138,9 @@ class _Run:
         ) as sampler:
             number = self.progress.stage
             while self.progress.stage == number and self.progress.step < self.plan.total_steps and not self.paused:
-                self._step(stage, sampler)
+                with self.pulse.during("a step", PATIENCE.total_seconds() if self.fresh else None):
+                    self._step(stage, sampler)
+                self.fresh = False
                 tick()
                 if self.progress.refused > self.plan.guard.most:
                     self._go_back()
@@ -227,6 +237,10 @@ class _Run:
         final = folder_of(self.folder.checkpoints, self.progress.step)
         if first_does(final.exists, self.session.groups.world):
             return  # a resumed run that had nothing left to do
+        with self.pulse.during("saving", PATIENCE.total_seconds()):
+            self._write(final, stage, ended=ended)
+
+    def _write(self, final: Path, stage: Stage, *, ended: bool) -> None:
         self.trainer.settle()
         decoder, optimizer = self.trainer.decoder, self.trainer.optimizer
         record = Record(
@@ -252,7 +266,8 @@ class _Run:
         step = self.progress.step
         if first_does(lambda: self.metrics is not None and step in self.metrics.validated, self.session.groups.world):
             return
-        result = score(self.trainer, self.held_out[stage.length])
+        with self.pulse.during("validating"):
+            result = score(self.trainer, self.held_out[stage.length])
         if self.metrics is not None:
             asked = self._critical_batch(stage, result.loss)
             self.metrics.write(self._where(stage) | _validation_figures(result) | asked, advance=False)
