@@ -215,7 +215,10 @@ def _comparable(groups: Groups) -> dict[str, Any]:
 
 def is_wait(frame: FrameType) -> bool:
     """Whether a thread that is here waits for other ranks: inside torch.distributed, or on a line that calls a work's `wait`."""
-    return "/torch/distributed/" in frame.f_code.co_filename or ".wait(" in getline(frame.f_code.co_filename, frame.f_lineno)
+    return "/torch/distributed/" in frame.f_code.co_filename or ".wait(" in getline(
+        frame.f_code.co_filename,
+        frame.f_lineno or 0,  # of a frame that another thread runs it may be None
+    )
 
 
 def place_of(frame: FrameType | None) -> str:

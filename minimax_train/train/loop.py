@@ -158,7 +158,8 @@ class _Run:
         rate = learning_rate(stage, step)
         p, guard = self.progress, self.plan.guard
         watch = Watch(norms=p.norms, losses=p.losses, refused=p.refused)
-        report = self.trainer.step(rows, rate, lambda loss, norm: watch.judge(guard, loss, norm))
+        check = bool(guard.checksum_every) and (self._saves(stage, step + 1, p.step + 1) or (p.step + 1) % guard.checksum_every == 0)
+        report = self.trainer.step(rows, rate, lambda loss, norm: watch.judge(guard, loss, norm), check=check)
         after, watch = sampler.bookmarks, watch.after(guard, report.loss, report.grad_norm, report.refusal)
         self.progress = replace(
             p,
@@ -172,7 +173,8 @@ class _Run:
         )
         figures = {"lr": rate, "batch_tokens": size, **self._data_figures(size, before, after)}
         if report.refusal is not None:  # with where its rows came from: to look at, or to leave out
-            figures["refused"] = {"reason": report.refusal, "rows": {name: asdict(bookmark) for name, bookmark in before.items()}}
+            rows_of = {name: asdict(bookmark) for name, bookmark in before.items()}
+            figures["refused"] = {"reason": report.refusal, "ranks": report.blamed, "rows": rows_of}
         if self.rewound is not None:
             figures["rewound"], self.rewound = self.rewound, None
         self._write_step(stage, report, size, time.perf_counter() - begin, figures)
@@ -230,8 +232,12 @@ class _Run:
             self.progress = replace(
                 self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=(), losses=(), refused=0, rewinds=0
             )
-        if ended or last or step % self.plan.checkpoints.every_steps == 0:
+        if self._saves(stage, stage.steps if ended else 0, step):
             self._save(stage, ended=ended)
+
+    def _saves(self, stage: Stage, stage_step: int, step: int) -> bool:
+        """Whether a checkpoint is due behind this step."""
+        return stage_step == stage.steps or step == self.plan.total_steps or step % self.plan.checkpoints.every_steps == 0
 
     def _save(self, stage: Stage, *, ended: bool) -> None:
         final = folder_of(self.folder.checkpoints, self.progress.step)
@@ -313,7 +319,7 @@ class _Run:
             }
             self.metrics.write(self._where(stage) | figures)
         if report.refusal is not None and self.metrics is not None:
-            self.metrics.say(f"step {self.progress.step} was not applied: {report.refusal}")
+            self.metrics.say(f"step {self.progress.step} was not applied: {'; '.join([report.refusal, *report.blamed])}")
 
 
 def _validation_figures(result: Totals) -> dict[str, Any]:
