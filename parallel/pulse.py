@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.groups import Groups
+from parallel.stragglers import Slowest, slowest
 from parallel.verdict import Beat, Jury, Verdict
 from parallel.world import Place
 
@@ -39,20 +40,21 @@ LAST = 10.0
 
 
 class Pulse:
-    """One rank's. `during` says what it does; `watch` which groups' collectives count; `work` is how long it has worked and waited."""
+    """One rank's. `during` says what it does; `watch` which groups' collectives count; `stragglers` who works longest."""
 
     def __init__(self, place: Place, limit: float = 0.0, on_verdict: Callable[[Verdict], None] = lambda _: None, stacks: str = "") -> None:
         """`limit`: seconds that a rank may stand still, 0: nobody looks; a world of one has nobody to hold up. `stacks`: see Beat."""
         self.place, self.limit, self._on_verdict, self._stacks = place, limit, on_verdict, stacks
         self.beats: dict[int, Beat] = {}
         """The newest of every rank; on the first rank alone."""
-        self.work: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        """Seconds at work and seconds waiting for other ranks, by phase: samples every TICK."""
+        self._before: dict[int, Beat] = {}
+        self._looked = time.monotonic()
+        self._work: dict[str, float] = defaultdict(float)
         self._phase, self._phase_limit, self._moves = "starting", max(limit, STARTING), 0
         self._groups: dict[str, Any] = {}
         self._main = threading.main_thread().ident or 0
         self._task = Path(f"/proc/self/task/{threading.main_thread().native_id}/stat")
-        self._ended = threading.Event()
+        self._ended, self._named = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -62,10 +64,11 @@ class Pulse:
             self._thread.start()
 
     def stop(self) -> None:
-        """The last beat: this rank is not waited for any more. The first, where it keeps the store, waits a while for the others' last."""
+        """The last beat: this rank is not waited for any more. The first, where it keeps the store, waits a while for the others' last.
+        It does not return once somebody was named: what this thread met is that others have left already."""
         if self._thread is not None:
             self._ended.set()
-            self._thread.join(timeout=2 * LAST)
+            self._thread.join(None if self._named.is_set() else 2 * LAST)
             self._thread = None
 
     @contextmanager
@@ -89,6 +92,13 @@ class Pulse:
             yield
         finally:
             self._groups = {}  # they are about to go
+
+    def stragglers(self, every: float = 60.0) -> list[Slowest]:
+        """The slowest rank of each phase since the last look; on the first rank, once in `every` seconds, and nothing otherwise."""
+        if time.monotonic() - self._looked < every:
+            return []
+        before, self._before, self._looked = self._before, self.beats, time.monotonic()
+        return slowest(before, self._before)
 
     # What follows runs in the thread.
 
@@ -144,6 +154,7 @@ class Pulse:
             waiting=waiting,
             at=at,
             effort=self._effort(),
+            work={phase: round(seconds, 3) for phase, seconds in list(self._work.items())},
             stacks=self._stacks,
             over=over,
         )
@@ -176,6 +187,7 @@ class Pulse:
 
     def _leave(self, verdict: Verdict) -> None:
         """Every rank comes here, the culprit too if it can. The first stays longest: it may keep the store that tells the others."""
+        self._named.set()
         try:
             self._on_verdict(verdict)
             time.sleep(max(self.limit / 5, 1.0) * (2 if self.place.rank == 0 else 1))  # the others learn of it within one beat
@@ -188,7 +200,7 @@ class Pulse:
         self._ended.wait(TICK)
         frame = sys._current_frames().get(self._main)
         waiting = frame is not None and is_wait(frame)
-        self.work[self._phase][waiting] += time.monotonic() - begin
+        self._work[self._phase] += 0.0 if waiting else time.monotonic() - begin
         return waiting, place_of(frame)
 
     def _effort(self) -> int:

@@ -37,6 +37,8 @@ class Beat:
     """Where the main thread is."""
     effort: int = 0
     """CPU time, page faults and waits for a disk of the main thread: what grows is at work."""
+    work: dict[str, float] = field(default_factory=dict)
+    """Seconds that the main thread was at work, not waiting for other ranks, by phase."""
     stacks: str = ""
     """A file on its host that gets the stacks of its threads when the process gets SIGUSR2."""
     over: bool = False

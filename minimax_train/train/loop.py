@@ -34,6 +34,7 @@ from minimax_train.train.stage_rows import stage_sampler
 from minimax_train.train.validate import score, validation_rows
 from parallel.collectives import all_sum, first_does
 from parallel.pulse import Pulse
+from parallel.stragglers import SLOW, Slowest
 from parallel.world import PATIENCE
 
 
@@ -177,7 +178,15 @@ class _Run:
             figures["refused"] = {"reason": report.refusal, "ranks": report.blamed, "rows": rows_of}
         if self.rewound is not None:
             figures["rewound"], self.rewound = self.rewound, None
+        if slow := self.pulse.stragglers():
+            figures["stragglers"] = [asdict(one) | {"score": round(one.score, 3)} for one in slow]
+            self._tell_slow(slow)
         self._write_step(stage, report, size, time.perf_counter() - begin, figures)
+
+    def _tell_slow(self, slow: Sequence[Slowest]) -> None:
+        for one in slow:
+            if self.metrics is not None and one.score < SLOW:
+                self.metrics.say(f"a slow rank? {one}")
 
     def _data_figures(self, size: int, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
         """What the step's rows held of documents, and what the run has taken of each source so far."""

@@ -43,14 +43,14 @@ def faulty(place: Place, plan: Plan, run: Path, fault: Callable[[], None] | None
     """Trains; the culprit's third step begins with the fault."""
     steps = 0
 
-    def step(self: Trainer, *arguments: Any) -> Any:
+    def step(self: Trainer, *arguments: Any, **named: Any) -> Any:
         nonlocal steps
         steps += 1
         if fault is not None and place.rank == CULPRIT and steps == 3:
             time.sleep(0.5)  # it says that it has begun the step
             (run / "faulty-since").write_text(str(time.time()))
             fault()
-        return whole_step(self, *arguments)
+        return whole_step(self, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch, pulse_of(place, run, LIMIT) as pulse, session(layout=plan.layout, place=place) as joined:
         whole_step = Trainer.step
@@ -98,3 +98,29 @@ def test_a_slow_save_is_no_hang(corpus: Path, tmp_path: Path) -> None:
     plan = replace(little_plan(corpus), checkpoints=Checkpoints(every_steps=100, keep=1))
     assert run_ranks(2, healthy, plan, tmp_path / "run") == [9, 9]
     assert not (tmp_path / "run" / "logs").exists() or not list((tmp_path / "run" / "logs").glob("hang-*"))
+
+
+def slow(place: Place, plan: Plan, run: Path) -> int:
+    """Trains; the culprit is at work 0.3 s longer in every step, and the first rank looks for stragglers once in 2 s."""
+
+    def step(self: Trainer, *arguments: Any, **named: Any) -> Any:
+        if place.rank == CULPRIT:
+            time.sleep(0.3)
+        return whole_step(self, *arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch, pulse_of(place, run, LIMIT) as pulse, session(place=place) as joined:
+        whole_step, usual = Trainer.step, pulse.stragglers
+        patch.setattr(Trainer, "step", step)
+        patch.setattr(pulse, "stragglers", lambda: usual(1.5))
+        return train(plan, run, joined, pulse=pulse).step
+
+
+def test_a_straggler_is_told_and_not_killed(corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    plan, run = little_plan(corpus), tmp_path / "run"
+    plan = replace(plan, stages=(replace(plan.stages[0], tokens=20 * 256),))
+    assert run_ranks(2, slow, plan, run) == [20, 20]
+    told = [
+        one for line in map(json.loads, (run / "metrics.jsonl").open()) for one in line.get("stragglers", []) if one["phase"] == "a step"
+    ]
+    assert told and all(one["rank"] == CULPRIT and one["score"] < 0.9 for one in told)  # of two ranks the median is the mean
+    assert "a slow rank? a step: rank 1 on " in capfd.readouterr().err
