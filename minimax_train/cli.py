@@ -331,13 +331,16 @@ def _check_device(plan: "Plan") -> None:
 
 
 def _train_rank(place: Any, plan: "Plan", a: argparse.Namespace) -> int:
-    from minimax_train.engine.session import session
+    from minimax_train.engine.session import STEADY, session
     from parallel.world import meet, told_by_first
+
+    if plan.deterministic:
+        os.environ.update(STEADY)  # nothing has asked for CUDA yet
 
     store = meet(place)  # held to the end: later sessions of this process meet through it too
 
     def open_session(layout: Any, number: int) -> Any:
-        return session(plan.device, layout, place, store=store, number=number)
+        return session(plan.device, layout, place, store=store, number=number, deterministic=plan.deterministic)
 
     from minimax_train.train.hang import pulse_of
     from minimax_train.train.legs import next_stage, train_legs

@@ -156,6 +156,9 @@ class Plan:
     seed: int = 1234
     device: Literal["cpu", "cuda"] = "cuda"
     precision: Precision = "bf16"
+    deterministic: bool = False
+    """On CUDA, only kernels that give the same bits every time, and an error where an operator has none: slower, for looking into a fault.
+    CPU ranks always give the same bits."""
     fp32_head: bool = False
     """Multiply the LM head in fp32, as MiniMax-M1 does for its RL (arXiv 2506.13585 section 3.2)."""
     experts_backend: Asked = "auto"
