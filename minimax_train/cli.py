@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError as error:  # of one rank alone: it speaks, whichever it is
+        print(f"minimax-train: error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         if arguments.traceback:
             raise
@@ -358,6 +361,9 @@ def _as_local(place: Any, traceback: bool, work: Callable[..., int], *arguments:
     os.environ["RANK"] = str(place.rank)
     try:
         return work(place, *arguments)
+    except MemoryError as error:
+        print(f"minimax-train: error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         if traceback:
             raise

@@ -1,8 +1,8 @@
 """The training loop, top to bottom: open the run, go through the stages, write what happened."""
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,7 @@ class _Run:
         ) as sampler:
             number = self.progress.stage
             while self.progress.stage == number and self.progress.step < self.plan.total_steps and not self.paused:
-                with self.pulse.during("a step", PATIENCE.total_seconds() if self.fresh else None):
+                with self.pulse.during("a step", PATIENCE.total_seconds() if self.fresh else None), self._enough_memory(stage):
                     self._step(stage, sampler)
                 self.fresh = False
                 tick()
@@ -187,6 +187,18 @@ class _Run:
         for one in slow:
             if self.metrics is not None and one.score < SLOW:
                 self.metrics.say(f"a slow rank? {one}")
+
+    @contextmanager
+    def _enough_memory(self, stage: Stage) -> Iterator[None]:
+        """MemoryError that says where and what to do, for torch's."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            rank, step, free = self.session.place.rank, self.progress.step + 1, " ".join(str(error).split())
+            raise MemoryError(
+                f"rank {rank} ran out of memory in step {step} (stage {stage.name}, {stage.length:,} tokens a row): layout.context, "
+                f"layout.tensor or stages.N.recompute=full takes less; `plan RECIPE --gpus N` says how much. torch: {free}"
+            ) from error
 
     def _data_figures(self, size: int, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
         """What the step's rows held of documents, and what the run has taken of each source so far."""

@@ -82,7 +82,7 @@ def test_the_rank_is_named(corpus: Path, tmp_path: Path, layout: Layout, fault: 
 
 
 def healthy(place: Place, plan: Plan, run: Path) -> int:
-    """Trains; the first rank saves slowly, while the others wait in a collective and it uses no CPU time."""
+    """Trains; the first rank saves slowly, the others wait in a collective, none uses CPU time; and the clock jumps by hours."""
 
     def slowly(*arguments: Any) -> None:
         if place.rank == 0:
@@ -91,6 +91,7 @@ def healthy(place: Place, plan: Plan, run: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch, pulse_of(place, run, LIMIT) as pulse, session(place=place) as joined:
         patch.setattr("minimax_train.train.loop.save", slowly)
+        patch.setattr(time, "time", lambda clock=time.time: clock() + (3600 if int(clock()) % 2 else -3600))
         return train(plan, run, joined, pulse=pulse).step
 
 
