@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError as error:  # of one rank alone: it speaks, whichever it is
+        print(f"minimax-train: error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         if arguments.traceback:
             raise
@@ -114,6 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     trained.add_argument("--stage", metavar="NAME", help="this stage only, whose turn it must be; without, all that are left")
     about = "change one field of a run that was begun, from its next step on; it stays so, and is noted in RUN/overrides.jsonl"
     trained.add_argument("--override", metavar="a.b=c", action="append", default=[], dest="overrides", help=about)
+    trained.add_argument(
+        "--hang-seconds",
+        metavar="S",
+        type=float,
+        help="a rank that holds the others up for so long is named and all end with status 70; 0: never (default: 4 on CPU, 30 on CUDA)",
+    )
+    trained.add_argument(
+        "--restarts",
+        metavar="N",
+        type=int,
+        default=0,
+        help="of --ranks N: times that the ranks are started again after one failed or was named",
+    )
     trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
     about = (
         "Put a run's stages into Slurm's queue, one job each, every one after the one before. Instead of a recipe: data prepare, convert"
@@ -320,15 +336,22 @@ def _train(a: argparse.Namespace) -> int:
     place, ranks = _ranks(a.ranks)
     plan.check_ranks(ranks, a.stage)
     _check_device(plan)
+    for name, value in (("--hang-seconds", a.hang_seconds), ("--restarts", a.restarts)):
+        if value is not None and not 0 <= value < 1e9:
+            raise ValueError(f"{name} is {value:g}; it must be at least 0")
     from minimax_train.train.legs import check_turn, is_over
     from minimax_train.train.pause import UNFINISHED
 
     if a.stage is not None:
         check_turn(plan, a.to, a.stage)
     if place is not None:
-        return _train_rank(place, plan, a.to, a.profile, a.stage, a.overrides)
+        return _train_rank(place, plan, a)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks meet on the loopback, whatever the host is called
-    status = run_local(_as_local, ranks, a.traceback, _train_rank, plan, a.to, a.profile, a.stage, a.overrides)
+    for left in range(a.restarts, -1, -1):
+        status = run_local(_as_local, ranks, a.traceback, _train_rank, plan, a)
+        if status in (0, 2) or left == 0:
+            break
+        print(f"minimax-train: a rank ended with status {status}: starting again ({left - 1} left)", file=sys.stderr, flush=True)
     return UNFINISHED if status == 0 and not is_over(plan, a.to, a.stage) else status
 
 
@@ -352,21 +375,26 @@ def _check_device(plan: "Plan") -> None:
         raise ValueError("device is cuda, but this machine has no CUDA device that torch can use: set device=cpu to run on the CPU")
 
 
-def _train_rank(place: Any, plan: "Plan", run: Path, profile: bool, only: str | None, overrides: Sequence[str]) -> int:
-    from minimax_train.engine.session import session
+def _train_rank(place: Any, plan: "Plan", a: argparse.Namespace) -> int:
+    from minimax_train.engine.session import STEADY, session
     from parallel.world import meet, told_by_first
+
+    if plan.deterministic:
+        os.environ.update(STEADY)  # nothing has asked for CUDA yet
 
     store = meet(place)  # held to the end: later sessions of this process meet through it too
 
     def open_session(layout: Any, number: int) -> Any:
-        return session(plan.device, layout, place, store=store, number=number)
+        return session(plan.device, layout, place, store=store, number=number, deterministic=plan.deterministic)
 
+    from minimax_train.train.hang import pulse_of
     from minimax_train.train.legs import next_stage, train_legs
     from minimax_train.train.pause import pause_on_signal
 
-    begin = told_by_first(store, place, "next stage", lambda: next_stage(run))
-    with pause_on_signal() as pause:
-        train_legs(plan, run, open_session, begin, only=only, profile=profile, overrides=overrides, pause=pause)
+    limit = {"cpu": 4.0, "cuda": 30.0}[plan.device] if a.hang_seconds is None else a.hang_seconds
+    with pause_on_signal() as pause, pulse_of(place, a.to, limit) as pulse:
+        begin = told_by_first(store, place, "next stage", lambda: next_stage(a.to))
+        train_legs(plan, a.to, open_session, begin, only=a.stage, profile=a.profile, overrides=a.overrides, pause=pause, pulse=pulse)
     return 0
 
 
@@ -375,6 +403,9 @@ def _as_local(place: Any, traceback: bool, work: Callable[..., int], *arguments:
     os.environ["RANK"] = str(place.rank)
     try:
         return work(place, *arguments)
+    except MemoryError as error:
+        print(f"minimax-train: error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, FloatingPointError, OSError) as error:
         if traceback:
             raise

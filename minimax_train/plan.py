@@ -128,12 +128,15 @@ class Guard:
     """Steps of a stage before which nothing is an outlier: norms fall while the rate warms up."""
     most: int = 3
     """Refused steps in a row that the run bears; at one more it goes back to its last checkpoint. Ours."""
+    checksum_every: int = 10
+    """Steps after which weights that several ranks hold are compared, and from which to the next step the optimizer's state is; so it is in
+    every step that is saved. 0: never. Ours."""
     rewinds: int = 2
     """Times in a stage that it goes back, leaving out the rows it has read since the checkpoint (PaLM's remedy, arXiv 2204.02311 section
     5.1); then it stops. Ours."""
 
     def __post_init__(self) -> None:
-        at_least("guard", self, window=2, least=2, most=0, rewinds=0)
+        at_least("guard", self, window=2, least=2, most=0, rewinds=0, checksum_every=0)
         if self.sigmas is not None:
             at_least("guard", self, sigmas=1)
         if self.least > self.window:
@@ -153,6 +156,9 @@ class Plan:
     seed: int = 1234
     device: Literal["cpu", "cuda"] = "cuda"
     precision: Precision = "bf16"
+    deterministic: bool = False
+    """On CUDA, only kernels that give the same bits every time, and an error where an operator has none: slower, for looking into a fault.
+    CPU ranks always give the same bits."""
     fp32_head: bool = False
     """Multiply the LM head in fp32, as MiniMax-M1 does for its RL (arXiv 2506.13585 section 3.2)."""
     experts_backend: Asked = "auto"

@@ -203,8 +203,13 @@ def first_does(work: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup) -> None:
     """Raises on every rank when any rank has an error: the rank's own, or the first other's (its type and text)."""
-    errors: list[Exception | None] = [None] * group.size()
-    dist.all_gather_object(errors, error, group=group)
-    failure = error or next((e for e in errors if e is not None), None)
+    failure = error or next((e for e in from_all(error, group) if e is not None), None)
     if failure is not None:
         raise failure
+
+
+def from_all(value: T, group: dist.ProcessGroup) -> list[T]:
+    """Every rank's `value` (small, picklable), in rank order, on every rank."""
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

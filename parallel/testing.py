@@ -41,7 +41,10 @@ def run_ranks(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
         for process in processes:
             if process.exitcode is None:
                 process.terminate()
-            process.join()
+            process.join(PATIENCE)
+            if process.exitcode is None:  # a stopped process hears nothing else
+                process.kill()
+                process.join()
     return [results[rank] for rank in range(size)]
 
 

@@ -26,6 +26,8 @@ class Place:
     """host:port of the rendezvous; None for a world of one."""
     hosted: bool = False
     """The launcher keeps the rendezvous store; else rank 0 does."""
+    attempt: int = 0
+    """Times that the launcher has started the ranks again: what an earlier attempt left in a store that outlived it is not read."""
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -48,7 +50,12 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
         hosted = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         local = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
         return Place(
-            rank=_number(environment, "RANK"), size=_number(environment, "WORLD_SIZE"), local_rank=local, address=address, hosted=hosted
+            rank=_number(environment, "RANK"),
+            size=_number(environment, "WORLD_SIZE"),
+            local_rank=local,
+            address=address,
+            hosted=hosted,
+            attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         )
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         host = environment.get("MASTER_ADDR") or environment.get("SLURM_SRUN_COMM_HOST", "127.0.0.1")
@@ -67,7 +74,9 @@ def meet(place: Place, timeout: timedelta = PATIENCE) -> dist.Store:
     if place.address is None:
         return dist.HashStore()
     host, _, port = place.address.rpartition(":")
-    return dist.TCPStore(host, int(port), is_master=place.rank == 0 and not place.hosted, timeout=timeout, wait_for_workers=False)
+    master = place.rank == 0 and not place.hosted
+    store = dist.TCPStore(host, int(port), is_master=master, timeout=timeout, wait_for_workers=False)
+    return dist.PrefixStore(f"attempt-{place.attempt}", store)
 
 
 def told_by_first(store: dist.Store, place: Place, name: str, value: Callable[[], int]) -> int:

@@ -4,8 +4,6 @@ MiniMax puts the explosions of its context extension down to early layers not ke
 (arXiv 2506.13585, section 2); one norm over all would not show it.
 """
 
-import math
-
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
@@ -33,9 +31,12 @@ def kind_of(name: str, config: ModelConfig) -> str:
 
 
 @torch.no_grad()
-def norms_by_kind(decoder: nn.Module, optimizer: MegatronOptimizer, config: ModelConfig, groups: Groups) -> dict[str, float]:
-    """The L2 norm of each kind's gradient over all ranks; their squares sum to the square of the whole norm. All ranks call it, once the
-    gradient is ready and before it is clipped. One sum of eight numbers over the ranks."""
+def norms_by_kind(
+    decoder: nn.Module, optimizer: MegatronOptimizer, config: ModelConfig, groups: Groups, local: Tensor
+) -> tuple[dict[str, float], list[float]]:
+    """The L2 norm of each kind's gradient over all ranks; their squares sum to the square of the whole norm. And every rank's norm of its
+    own gradient: `local` is this rank's square (fp64 scalar). All ranks call it, once the gradient is ready and before it is clipped. One
+    sum over the ranks, of eight numbers and one a rank."""
     squares: Tensor | None = None
     for name, parameter, shard, _ in shards(decoder, optimizer):
         grad = shard["param"].grad
@@ -47,5 +48,7 @@ def norms_by_kind(decoder: nn.Module, optimizer: MegatronOptimizer, config: Mode
         squares[KINDS.index(kind_of(name, config))] += grad.float().square().sum()
     if squares is None:  # fewer numbers than ranks
         squares = torch.zeros(len(KINDS), dtype=torch.float64, device=next(decoder.parameters()).device)
-    total = all_sum(squares, groups.world)
-    return {kind: math.sqrt(square) for kind, square in zip(KINDS, total.tolist(), strict=True)}
+    of_ranks = torch.zeros(groups.size, dtype=torch.float64, device=squares.device)
+    of_ranks[groups.rank] = local
+    total = all_sum(torch.cat([squares, of_ranks]), groups.world).sqrt().tolist()
+    return dict(zip(KINDS, total, strict=False)), total[len(KINDS) :]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -43,11 +43,12 @@ def session(
     store: dist.Store | None = None,
     number: int = 0,
     late: bool = False,
+    deterministic: bool = False,
 ) -> Iterator[Session]:
     """Joins the ranks (NCCL on CUDA, gloo on CPU) and makes the groups of `layout`; everything is undone on leaving.
 
     `store`, `number`: of a process that has several sessions one after the other, what `parallel.world.meet` gave, and which one it is.
-    `late`: the test mode of parallel.collectives.Channel.
+    `late`: the test mode of parallel.collectives.Channel. `deterministic`: as Plan says; the environment must fit, see STEADY.
     """
     place, layout = place or Place(), layout or Layout()
     store = store or meet(place)
@@ -65,10 +66,31 @@ def session(
             torch.cuda.set_device(place.local_rank)
             stack.callback(setattr, torch.backends.cuda.matmul, "allow_tf32", torch.backends.cuda.matmul.allow_tf32)
             torch.backends.cuda.matmul.allow_tf32 = False  # NVIDIA's containers switch it on: states and scores would keep 10 bits
+        if deterministic:
+            stack.enter_context(_same_bits())
         stack.enter_context(joined(place, "gloo" if device == "cpu" else "nccl", store, name=f"world-{number}"))
         groups = make_groups(layout, late=late)
         stack.callback(_forget_groups)
         yield Session(place=place, groups=groups, device=torch.device(device, *(() if device == "cpu" else (place.local_rank,))))
+
+
+STEADY = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"}
+"""What the environment of a deterministic run holds before CUDA is used: cuBLAS chooses no algorithm by its workspace, NCCL adds in one
+order."""
+
+
+@contextmanager
+def _same_bits() -> Iterator[None]:
+    """torch refuses operators that may give other bits the next time. Fresh memory is not filled: nothing of ours reads it."""
+    memory: Any = torch.utils.deterministic
+    before, filled = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        memory.fill_uninitialized_memory = filled
 
 
 def _forget_groups() -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from queue import Queue
 
 import torch
@@ -44,7 +45,11 @@ def read_tensors(state: Sharded, folder: Path) -> None:
                 f"{folder} {has} {sharded.key}, where this version keeps {list(sharded.global_shape)}; of a checkpoint of another version, "
                 "take the weights alone: start a new run with start.checkpoint and start.optimizer=fresh"
             )
-    loaded = dist_checkpointing.load(dict(state), str(folder))
+    try:
+        loaded = dist_checkpointing.load(dict(state), str(folder))
+    except (UnpicklingError, CheckpointException) as error:  # of its own files, or what torch makes of any trouble with a chunk
+        said = " ".join(str(error).split()).partition("WeightsUnpickler error: ")  # what comes before advises to read it all the same
+        raise ValueError(f"{folder} is refused: {(said[2] or said[0]).partition(' Check the documentation')[0][-300:]}") from error
     for name, sharded in state.items():
         if loaded[name].data_ptr() != sharded.data.data_ptr():
             sharded.data.copy_(loaded[name])

@@ -10,6 +10,8 @@ from torch import nn
 
 from minimax_train.engine.batch import Totals, run_batch, total
 from minimax_train.engine.gradient_kinds import norms_by_kind
+from minimax_train.engine.local_gradients import LocalGradients
+from minimax_train.engine.replicas import Idle, check_replicas
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import PipelineStage, bare, build_stages, together
 from minimax_train.engine.update import gradient_norm, update
@@ -26,8 +28,12 @@ class StepReport(Totals):
     """Before clipping."""
     grad_norms: dict[str, float]
     """The same by kind of weight, see gradient_kinds.py."""
+    rank_norms: list[float]
+    """Of every rank's own gradient, before ranks were summed."""
     refusal: str | None = None
     """Why the gradient was not applied; None where it was."""
+    blamed: list[str]
+    """Of a gradient that was not applied: which ranks' own was no number, or stood out."""
 
 
 class Trainer:
@@ -63,26 +69,42 @@ class Trainer:
             (config.no_sync_func,), (config.grad_sync_func,) = no_sync, grad_sync
         self.optimizer = get_megatron_optimizer(_optimizer_config(plan), self.chunks)
         config.grad_scale_func = self.optimizer.scale_loss
+        self.local, self.idle = LocalGradients(self.chunks, self.decoder), Idle()
 
     @property
     def decoders(self) -> list[Decoder]:
         """This rank's chunks of the layers."""
         return [bare(chunk) for chunk in self.chunks]
 
-    def step(self, rows: list[Row], learning_rate: float, judge: Callable[[float, float], str | None] = lambda *_: None) -> StepReport:
+    def step(
+        self,
+        rows: list[Row],
+        learning_rate: float,
+        judge: Callable[[float, float], str | None] = lambda *_: None,
+        *,
+        check: bool = False,
+    ) -> StepReport:
         """One optimizer step on this rank's `rows` (the same number on every rank), unless `judge` gives a reason why a gradient should
-        not be applied, of the batch's loss and the gradient's norm: then no weight and no moment changes."""
+        not be applied, of the batch's loss and the gradient's norm: then no weight and no moment changes. `check`: looks for silent
+        corruption, of weights now and of the optimizer's state between this step and the next; Corruption where it is found."""
         self.zero_gradients()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
             group["weight_decay"] = self.plan.optimizer.weight_decay * group["wd_mult"]  # norms are not decayed
         totals = self.descend(rows)
         norm = gradient_norm(self.optimizer)
-        kinds = norms_by_kind(self.decoder, self.optimizer, self.plan.model, self.session.groups)
+        groups = self.session.groups
+        kinds, of_ranks = norms_by_kind(self.decoder, self.optimizer, self.plan.model, groups, self.local.square())
+        if check:
+            check_replicas(self.decoder, groups)
+        self.idle.check(self.decoder, self.optimizer, groups)
         refusal = judge(totals.loss, norm)
+        blamed = [] if refusal is None else self.local.blame(of_ranks, groups)
         if refusal is None:
             update(self.optimizer, norm, self.plan.optimizer.clip_grad)
-        return StepReport(**vars(totals), grad_norm=norm, grad_norms=kinds, refusal=refusal)
+        if check:
+            self.idle.keep(self.decoder, self.optimizer)
+        return StepReport(**vars(totals), grad_norm=norm, grad_norms=kinds, rank_norms=of_ranks, refusal=refusal, blamed=blamed)
 
     def zero_gradients(self) -> None:
         """Before each batch."""

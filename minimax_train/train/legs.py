@@ -11,6 +11,7 @@ from minimax_train.plan import Plan
 from minimax_train.train.folder import RunFolder
 from minimax_train.train.pause import Pause
 from parallel.layout import Layout
+from parallel.pulse import Pulse
 
 OpenSession = Callable[[Layout, int], AbstractContextManager[Session]]
 """A session of a layout, and its number: no two of a process have the same."""
@@ -26,6 +27,7 @@ def train_legs(
     profile: bool = False,
     overrides: Sequence[str] = (),
     pause: Pause | None = None,
+    pulse: Pulse | None = None,
 ) -> Progress:
     """Runs the plan's stages (or only the one named, whose turn it must be), and returns where the run stands. All ranks call it with the
     same `begin`, the stage that is probably next: a wrong guess costs the making of a session."""
@@ -35,7 +37,9 @@ def train_legs(
         with open_session(plan.layout_of(guess), number) as session:
             from minimax_train.train.loop import train  # in a session, which keeps what megatron-core says at import to itself
 
-            progress = train(plan, run, session, through=last, profile=profile and number == 0, overrides=overrides, pause=pause)
+            progress = train(
+                plan, run, session, through=last, profile=profile and number == 0, overrides=overrides, pause=pause, pulse=pulse
+            )
             here = plan.layout_of(progress.stage) == session.groups.layout
         if progress.stage > last or progress.step >= plan.total_steps or here:  # `here`: it stopped because it was asked to
             return progress

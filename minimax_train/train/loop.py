@@ -1,8 +1,8 @@
 """The training loop, top to bottom: open the run, go through the stages, write what happened."""
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from minimax_train.train.schedule import learning_rate
 from minimax_train.train.stage_rows import stage_sampler
 from minimax_train.train.validate import score, validation_rows
 from parallel.collectives import all_sum, first_does
+from parallel.pulse import Pulse
+from parallel.stragglers import SLOW, Slowest
+from parallel.world import PATIENCE
 
 
 def train(
@@ -44,22 +47,26 @@ def train(
     profile: bool = False,
     overrides: Sequence[str] = (),
     pause: Pause | None = None,
+    pulse: Pulse | None = None,
 ) -> Progress:
     """Runs the plan's stages in `run`, from its newest good checkpoint; returns where it stopped. All ranks call it.
 
     It stops before a stage of another layout than the session's, and after stage number `through`. `overrides`: see override.py. Once
-    `pause` is asked for on any rank, it saves after the step and returns.
+    `pause` is asked for on any rank, it saves after the step and returns. `pulse` hears what is being done.
 
     ValueError on bad input, before anything is written; OSError when the disk refuses a checkpoint; FloatingPointError when the loss
     or the gradient stops being a number.
     """
+    pulse = pulse or Pulse(session.place)
     with ExitStack() as stack:
+        stack.enter_context(pulse.watch(session.groups))
+        stack.enter_context(pulse.during("opening the run", PATIENCE.total_seconds()))
         folder, last = RunFolder(run), len(plan.stages) - 1 if through is None else through
         first_does(lambda: _own(stack, run), session.groups.world)
         opening: Opening = first_does(lambda: open_run(plan, folder, overrides), session.groups.world)
         if plan.layout_of(opening.progress.stage) != session.groups.layout:
             return opening.progress
-        progress = _Run(plan, folder, session, opening, pause).go(last, profile=profile)
+        progress = _Run(plan, folder, session, opening, pause, pulse).go(last, profile=profile)
         first_does(lambda: folder.mark_finished(plan, progress), session.groups.world)
         return progress
 
@@ -81,9 +88,11 @@ def _remove_if_unused(run: Path) -> None:
 class _Run:
     """One process's part in a run: the state that goes through the loop."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening, pause: Pause | None) -> None:
-        self.plan, self.folder, self.session, self.pause = plan, folder, session, pause
+    def __init__(self, plan: Plan, folder: RunFolder, session: Session, opening: Opening, pause: Pause | None, pulse: Pulse) -> None:
+        self.plan, self.folder, self.session, self.pause, self.pulse = plan, folder, session, pause, pulse
         self.paused = False
+        self.fresh = True
+        """The first step of a process may compile kernels, which takes long."""
         self.data = open_data(plan)
         lengths = {stage.length for stage in plan.stages}
         self.held_out = {length: validation_rows(self.data.validation, length, plan.validation.tokens) for length in lengths}
@@ -130,7 +139,9 @@ class _Run:
         ) as sampler:
             number = self.progress.stage
             while self.progress.stage == number and self.progress.step < self.plan.total_steps and not self.paused:
-                self._step(stage, sampler)
+                with self.pulse.during("a step", PATIENCE.total_seconds() if self.fresh else None), self._enough_memory(stage):
+                    self._step(stage, sampler)
+                self.fresh = False
                 tick()
                 if self.progress.refused > self.plan.guard.most:
                     self._go_back()
@@ -148,7 +159,8 @@ class _Run:
         rate = learning_rate(stage, step)
         p, guard = self.progress, self.plan.guard
         watch = Watch(norms=p.norms, losses=p.losses, refused=p.refused)
-        report = self.trainer.step(rows, rate, lambda loss, norm: watch.judge(guard, loss, norm))
+        check = bool(guard.checksum_every) and (self._saves(stage, step + 1, p.step + 1) or (p.step + 1) % guard.checksum_every == 0)
+        report = self.trainer.step(rows, rate, lambda loss, norm: watch.judge(guard, loss, norm), check=check)
         after, watch = sampler.bookmarks, watch.after(guard, report.loss, report.grad_norm, report.refusal)
         self.progress = replace(
             p,
@@ -162,10 +174,31 @@ class _Run:
         )
         figures = {"lr": rate, "batch_tokens": size, **self._data_figures(size, before, after)}
         if report.refusal is not None:  # with where its rows came from: to look at, or to leave out
-            figures["refused"] = {"reason": report.refusal, "rows": {name: asdict(bookmark) for name, bookmark in before.items()}}
+            rows_of = {name: asdict(bookmark) for name, bookmark in before.items()}
+            figures["refused"] = {"reason": report.refusal, "ranks": report.blamed, "rows": rows_of}
         if self.rewound is not None:
             figures["rewound"], self.rewound = self.rewound, None
+        if slow := self.pulse.stragglers():
+            figures["stragglers"] = [asdict(one) | {"score": round(one.score, 3)} for one in slow]
+            self._tell_slow(slow)
         self._write_step(stage, report, size, time.perf_counter() - begin, figures)
+
+    def _tell_slow(self, slow: Sequence[Slowest]) -> None:
+        for one in slow:
+            if self.metrics is not None and one.score < SLOW:
+                self.metrics.say(f"a slow rank? {one}")
+
+    @contextmanager
+    def _enough_memory(self, stage: Stage) -> Iterator[None]:
+        """MemoryError that says where and what to do, for torch's."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            rank, step, free = self.session.place.rank, self.progress.step + 1, " ".join(str(error).split())
+            raise MemoryError(
+                f"rank {rank} ran out of memory in step {step} (stage {stage.name}, {stage.length:,} tokens a row): layout.context, "
+                f"layout.tensor or stages.N.recompute=full takes less; `plan RECIPE --gpus N` says how much. torch: {free}"
+            ) from error
 
     def _data_figures(self, size: int, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
         """What the step's rows held of documents, and what the run has taken of each source so far."""
@@ -220,13 +253,21 @@ class _Run:
             self.progress = replace(
                 self.progress, stage=self.progress.stage + 1, stage_step=0, sources=sources, norms=(), losses=(), refused=0, rewinds=0
             )
-        if ended or last or step % self.plan.checkpoints.every_steps == 0:
+        if self._saves(stage, stage.steps if ended else 0, step):
             self._save(stage, ended=ended)
+
+    def _saves(self, stage: Stage, stage_step: int, step: int) -> bool:
+        """Whether a checkpoint is due behind this step."""
+        return stage_step == stage.steps or step == self.plan.total_steps or step % self.plan.checkpoints.every_steps == 0
 
     def _save(self, stage: Stage, *, ended: bool) -> None:
         final = folder_of(self.folder.checkpoints, self.progress.step)
         if first_does(final.exists, self.session.groups.world):
             return  # a resumed run that had nothing left to do
+        with self.pulse.during("saving", PATIENCE.total_seconds()):
+            self._write(final, stage, ended=ended)
+
+    def _write(self, final: Path, stage: Stage, *, ended: bool) -> None:
         self.trainer.settle()
         decoder, optimizer = self.trainer.decoder, self.trainer.optimizer
         record = Record(
@@ -252,7 +293,8 @@ class _Run:
         step = self.progress.step
         if first_does(lambda: self.metrics is not None and step in self.metrics.validated, self.session.groups.world):
             return
-        result = score(self.trainer, self.held_out[stage.length])
+        with self.pulse.during("validating"):
+            result = score(self.trainer, self.held_out[stage.length])
         if self.metrics is not None:
             asked = self._critical_batch(stage, result.loss)
             self.metrics.write(self._where(stage) | _validation_figures(result) | asked, advance=False)
@@ -298,7 +340,7 @@ class _Run:
             }
             self.metrics.write(self._where(stage) | figures)
         if report.refusal is not None and self.metrics is not None:
-            self.metrics.say(f"step {self.progress.step} was not applied: {report.refusal}")
+            self.metrics.say(f"step {self.progress.step} was not applied: {'; '.join([report.refusal, *report.blamed])}")
 
 
 def _validation_figures(result: Totals) -> dict[str, Any]:

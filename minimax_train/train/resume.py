@@ -138,6 +138,7 @@ def restore(trainer: Trainer, opening: Opening, plan: Plan) -> None:
     checkpoint, record = opening.checkpoint, opening.record
     if checkpoint is None or record is None:
         return
+    trainer.idle.forget()
     load_weights(trainer.decoder, checkpoint, record, trainer.session.groups)
     adopt_weights(trainer.optimizer)
     if record.optimizer_steps is not None and (opening.resumed or plan.start.optimizer == "carry"):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from minimax_train.recipe import as_yaml
 from parallel.layout import Layout
 from parallel.testing import run_ranks
-from parallel.world import Place, find_place
+from parallel.world import Place, find_place, meet
 from tests.support import little_plan
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
@@ -127,3 +128,13 @@ def test_torchrun_srun_and_local_ranks_give_the_same_curve(corpus: Path, tmp_pat
     assert [task.wait(timeout=120) for task in tasks] == [0, 0]
     assert losses(tmp_path / "local") == losses(tmp_path / "torchrun") == losses(tmp_path / "srun")
     assert len(losses(tmp_path / "local")) == 2
+
+
+def test_an_attempt_does_not_read_what_an_earlier_one_left() -> None:
+    """torchrun's agent keeps one store for all its restarts."""
+    host = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    address = f"127.0.0.1:{host.port}"
+    first, second = (meet(Place(size=2, address=address, hosted=True, attempt=attempt)) for attempt in (0, 1))
+    first.set("address of rank 0", "stale")
+    assert first.check(["address of rank 0"]) and not second.check(["address of rank 0"])
+    assert find_place({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"}).attempt == 2  # type: ignore[union-attr]
