@@ -8,7 +8,8 @@ import os
 import subprocess
 from pathlib import Path
 
-CALL = 'printf "%s\\t" "${0##*/}" "$@" | tr "\\n" "~" >> "$STUB/calls"; echo >> "$STUB/calls"\n'
+CALL = 'line=$(printf "%s\\t" "${0##*/}" "$@" | tr "\\n" "~"); printf "%s\\n" "$line" >> "$STUB/calls"\n'
+"""In one write: pairs of nodes talk at the same time."""
 PROGRAMS = {
     "srun": """
 words=$*
