@@ -72,6 +72,8 @@ class Checkpoints:
     __pydantic_config__ = {"extra": "forbid", "strict": True}
 
     every_steps: int = 100
+    asynchronous: bool = True
+    """Training goes on while one is being written. The last one, a stage's last, and one that was asked for are always waited for."""
     keep: int = 2
 
     def __post_init__(self) -> None:

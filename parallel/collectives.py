@@ -203,7 +203,8 @@ def first_does(work: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 def raise_together(error: Exception | None, group: dist.ProcessGroup) -> None:
     """Raises on every rank when any rank has an error: the rank's own, or the first other's (its type and text)."""
-    failure = error or next((e for e in from_all(error, group) if e is not None), None)
+    errors = from_all(error, group)
+    failure = error or next((e for e in errors if e is not None), None)
     if failure is not None:
         raise failure
 
@@ -212,4 +213,11 @@ def from_all(value: T, group: dist.ProcessGroup) -> list[T]:
     """Every rank's `value` (small, picklable), in rank order, on every rank."""
     values: list[Any] = [None] * group.size()
     dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def to_first(value: T, group: dist.ProcessGroup) -> list[T] | None:
+    """Every rank's `value` (picklable), in rank order, on rank 0; None on the others."""
+    values: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
+    dist.gather_object(value, values, group=group, group_dst=0)
     return values

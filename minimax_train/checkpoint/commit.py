@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data.commit import sync
@@ -27,9 +27,9 @@ def begin(final: Path) -> Path:
     return temporary
 
 
-def commit(temporary: Path, final: Path) -> None:
-    """Writes the manifest, forces everything to the disk, and renames the folder to `final`."""
-    write_manifest(temporary)
+def commit(temporary: Path, final: Path, known: Mapping[str, tuple[int, str]] | None = None) -> None:
+    """Writes the manifest, forces everything to the disk, and renames the folder to `final`. `known`: as write_manifest takes it."""
+    write_manifest(temporary, known)
     temporary.rename(final)
     sync(final.parent)
 

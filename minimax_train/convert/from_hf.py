@@ -14,12 +14,12 @@ from minimax_train.checkpoint.record import Progress, Record, read_record, write
 from minimax_train.checkpoint.shelf import TENSORS
 from minimax_train.convert import carried
 from minimax_train.convert.cast import dtype_of, is_finite, precision_of
-from minimax_train.convert.hashed import Hashed
 from minimax_train.convert.pieces import Piece, column_parts, pieces, ranks_of
 from minimax_train.convert.shards import SHARD_BYTES, plan_shards
 from minimax_train.convert.source import Source, SourceReader, open_source, some
 from minimax_train.convert.table import Entry, Part
 from minimax_train.convert.work import FinishedElsewhereError, Job, Work, conversion, refuse_existing
+from minimax_train.engine.hashed import Hashed
 from minimax_train.engine.torch_dist import Chunk, Stored, write_chunk, write_index
 from minimax_train.plan import Precision
 from parallel.layout import Layout

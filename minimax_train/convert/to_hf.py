@@ -17,7 +17,6 @@ from minimax_train.convert import carried
 from minimax_train.convert.cast import dtype_of, is_finite
 from minimax_train.convert.config import Format, write_config
 from minimax_train.convert.from_hf import Parts
-from minimax_train.convert.hashed import Hashed
 from minimax_train.convert.pieces import pieces
 from minimax_train.convert.safetensors_file import header_of
 from minimax_train.convert.shards import SHARD_BYTES, plan_shards, shard_name
@@ -25,6 +24,7 @@ from minimax_train.convert.source import INDEX, some
 from minimax_train.convert.stored import StoredModel
 from minimax_train.convert.table import table
 from minimax_train.convert.work import FinishedElsewhereError, Job, Work, conversion, refuse_existing
+from minimax_train.engine.hashed import Hashed
 from minimax_train.plan import Precision
 
 

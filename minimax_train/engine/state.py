@@ -44,17 +44,26 @@ def model_state(decoder: nn.Module, groups: Groups) -> Sharded:
     return state
 
 
-def optimizer_state(decoder: nn.Module, optimizer: MegatronOptimizer) -> Sharded:
-    """This rank's part of fp32 weights and moments; the tensors are the optimizer's own, so that loading fills them in place."""
+def optimizer_state(decoder: nn.Module, optimizer: MegatronOptimizer, groups: Groups) -> Sharded:
+    """This rank's part of fp32 weights and moments; the tensors are the optimizer's own, so that loading fills them in place. Of what all
+    tensor-parallel ranks have, the first is marked as the one that writes."""
     state = {}
     for name, parameter, shard, start in shards(decoder, optimizer):
         for kind in MOMENTS:
             key, tensor = f"optimizer.{kind}.{name}", shard[kind].detach()
             for number, box in enumerate(_boxes(parameter, start, start + len(tensor))):
                 data = tensor[box.first : box.first + math.prod(box.shape)].view(box.shape)
+                uncut = getattr(parameter, "allreduce", True) and not cuts_of(parameter)
                 state[f"{key}/{number}"] = ShardedTensor(
-                    key, data, data.dtype, box.shape, box.whole, box.offset, axis_fragmentations=None
-                )  # fmt: skip
+                    key,
+                    data,
+                    data.dtype,
+                    box.shape,
+                    box.whole,
+                    box.offset,
+                    axis_fragmentations=None,
+                    replica_id=groups.tensor.rank() if uncut else 0,
+                )
     return state
 
 

@@ -1,32 +1,14 @@
 """Sharded tensors to and from a folder, by megatron-core's dist_checkpointing (`torch_dist`)."""
 
-import shutil
 from pathlib import Path
 from pickle import UnpicklingError
-from queue import Queue
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from minimax_train.engine.state import Sharded
 from minimax_train.engine.torch_dist import read_index
-
-
-def write_tensors(state: Sharded, folder: Path) -> None:
-    """Every rank writes its shards into `folder`, which exists and is empty. OSError where the disk refuses.
-
-    megatron-core's writers report through a queue that it would keep in a process of its own (multiprocessing.Manager: 275 MB a rank, and
-    it outlives a rank that is killed). We wait for the writers, so a queue in this process does.
-    """
-    folder.mkdir(exist_ok=True)
-    filesystem_async._results_queue = Queue()
-    try:
-        dist_checkpointing.save(dict(state), str(folder), ("torch_dist", 1))
-    except CheckpointException as error:  # what torch makes of whatever its writer processes met, a full disk first of all
-        reason = str(error).strip().splitlines()[-1]
-        raise OSError(f"{reason} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free there: is the disk full?)") from error
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ import torch
 from data.sampler import Bookmark, Sampler
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import folder_of, prune
-from minimax_train.checkpoint.store import save
 from minimax_train.engine.batch import Totals
 from minimax_train.engine.session import Session
 from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
@@ -29,6 +28,7 @@ from minimax_train.train.profile import profiled
 from minimax_train.train.resume import Opening, open_data, open_run, restore
 from minimax_train.train.rewind import Rewind, rewind
 from minimax_train.train.rows import to_row
+from minimax_train.train.saving import Saver, Votes
 from minimax_train.train.schedule import learning_rate
 from minimax_train.train.stage_rows import stage_sampler
 from minimax_train.train.validate import score, validation_rows
@@ -99,6 +99,9 @@ class _Run:
         self.trainer = Trainer(plan, session)
         restore(self.trainer, opening, plan)
         self.progress = opening.progress
+        self.saver = Saver(session.groups, self._committed, self._not_saved)
+        self.not_saved: str | None = None
+        """What is said of a save that failed, on the line of the next step."""
         self.peak = peak_of(session, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
         self.metrics: Metrics | None = None
         self.rewound: dict[str, Any] | None = None
@@ -116,6 +119,7 @@ class _Run:
         with ExitStack() as stack:
             if self.metrics is not None:
                 stack.callback(self.metrics.close)
+            stack.callback(self.saver.close)
             tick = stack.enter_context(profiled(self.folder.path, self.session.place.rank, wanted=profile))
             layout, total = self.session.groups.layout, self.plan.total_steps
             while (
@@ -147,7 +151,7 @@ class _Run:
                     self._go_back()
                 else:
                     self._after_step(stage)
-                self._look_at_pause(stage)
+                self._look_around(stage)
 
     def _step(self, stage: Stage, sampler: Sampler) -> None:
         """One optimizer step, and its line."""
@@ -176,6 +180,9 @@ class _Run:
         if report.refusal is not None:  # with where its rows came from: to look at, or to leave out
             rows_of = {name: asdict(bookmark) for name, bookmark in before.items()}
             figures["refused"] = {"reason": report.refusal, "ranks": report.blamed, "rows": rows_of}
+        if self.not_saved is not None:
+            figures["save_failed"], self.not_saved = self.not_saved, None
+        figures["save_stall_seconds"] = round(self.saver.stall(), 4)
         if self.rewound is not None:
             figures["rewound"], self.rewound = self.rewound, None
         if slow := self.pulse.stragglers():
@@ -210,12 +217,15 @@ class _Run:
             "epochs": {name: bookmark.tokens / self.data.sources[name].token_count for name, bookmark in after.items()},
         }
 
-    def _look_at_pause(self, stage: Stage) -> None:
-        """Saves and stops where any rank was asked to: ranks hear of it at different moments, and must stop behind the same step."""
-        if self.pause is None:
-            return
-        asked = torch.tensor(float(self.pause.asked), device=self.session.device)
-        if all_sum(asked, self.session.groups.world).item() > 0:
+    def _look_around(self, stage: Stage) -> None:
+        """Commits the save in flight where every rank's part is written. Saves and stops where any rank was asked to: ranks hear of it at
+        different moments, and must stop behind the same step."""
+        ours = self.saver.votes()
+        said = [float(self.pause is not None and self.pause.asked), ours.busy, ours.failed]
+        asked, busy, failed = all_sum(torch.tensor(said, device=self.session.device), self.session.groups.world).tolist()
+        with self.pulse.during("saving", PATIENCE.total_seconds()):
+            self.saver.count(Votes(busy=busy, failed=failed))
+        if asked:
             self.paused = True
             self._save(stage, ended=False)
             if self.metrics is not None:
@@ -223,6 +233,7 @@ class _Run:
 
     def _go_back(self) -> None:
         """After too many refused steps: weights and moments of the last checkpoint before them; the rows since then are left out."""
+        self.saver.wait()
         stopped, went_back, most = self.progress.step, self.progress.rewinds, self.plan.guard.rewinds
         reason = f"{self.progress.refused} steps in a row were not applied, more than guard.most"
         back: Rewind | None = None
@@ -261,13 +272,15 @@ class _Run:
         return stage_step == stage.steps or step == self.plan.total_steps or step % self.plan.checkpoints.every_steps == 0
 
     def _save(self, stage: Stage, *, ended: bool) -> None:
-        final = folder_of(self.folder.checkpoints, self.progress.step)
-        if first_does(final.exists, self.session.groups.world):
-            return  # a resumed run that had nothing left to do
+        final, last = folder_of(self.folder.checkpoints, self.progress.step), self.progress.step == self.plan.total_steps
         with self.pulse.during("saving", PATIENCE.total_seconds()):
-            self._write(final, stage, ended=ended)
+            must = ended or last or self.paused or not self.plan.checkpoints.asynchronous
+            if must:
+                self.saver.wait()
+            if not first_does(final.exists, self.session.groups.world):  # it may be there: a resumed run that had nothing left to do
+                self._write(final, stage, ended=ended, wait=must)
 
-    def _write(self, final: Path, stage: Stage, *, ended: bool) -> None:
+    def _write(self, final: Path, stage: Stage, *, ended: bool, wait: bool) -> None:
         self.trainer.settle()
         decoder, optimizer = self.trainer.decoder, self.trainer.optimizer
         record = Record(
@@ -280,14 +293,17 @@ class _Run:
             data_fingerprints=self.data.fingerprints,
             stage_end=ended,
         )
-        save(
-            final,
-            model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer),
-            record,
-            self.session.groups,
-        )
+        state = model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer, self.session.groups)
+        self.saver.begin(final, state, record, wait=wait)
+
+    def _committed(self, _: Path) -> None:
         if self.session.is_first:
             prune(self.folder.checkpoints, self.plan.checkpoints.keep)
+
+    def _not_saved(self, why: str) -> None:
+        self.not_saved = why
+        if self.metrics is not None:
+            self.metrics.say(f"{why}; training goes on")
 
     def _validate(self, stage: Stage) -> None:
         step = self.progress.step

@@ -143,6 +143,6 @@ def restore(trainer: Trainer, opening: Opening, plan: Plan) -> None:
     adopt_weights(trainer.optimizer)
     if record.optimizer_steps is not None and (opening.resumed or plan.start.optimizer == "carry"):
         prepare_optimizer(trainer.optimizer)
-        read_tensors(optimizer_state(trainer.decoder, trainer.optimizer), checkpoint / "tensors")
+        read_tensors(optimizer_state(trainer.decoder, trainer.optimizer, trainer.session.groups), checkpoint / "tensors")
         set_optimizer_steps(trainer.optimizer, record.optimizer_steps)
         assert optimizer_steps(trainer.optimizer) == record.optimizer_steps

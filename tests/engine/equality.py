@@ -182,7 +182,7 @@ def train_on(
                 progress=Progress(step=done + steps),
                 optimizer_steps=optimizer_steps(trainer.optimizer),
             )
-            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer)
+            sharded = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
             save(store, sharded, record, joined.groups)
             reports.append(trainer.step(rows(done + steps), 2e-3))
         trainer.settle()

@@ -28,7 +28,9 @@ def test_bf16_follows_one_rank(corpus: Path) -> None:
 
 def load_an_older_one(place: Place, corpus: Path, checkpoint: Path) -> str:
     """What is said of a checkpoint whose optimizer state of out_proj is flat, as earlier versions kept it."""
-    from minimax_train.engine.storage import read_tensors, write_tensors
+    from megatron.core import dist_checkpointing
+
+    from minimax_train.engine.storage import read_tensors
 
     flat = "optimizer.exp_avg.blocks.0.attention.out_proj.weight"
     with session(place=place) as joined:
@@ -37,10 +39,11 @@ def load_an_older_one(place: Place, corpus: Path, checkpoint: Path) -> str:
 
         trainer = Trainer(little_plan(corpus, model=hybrid()), joined)
         prepare_optimizer(trainer.optimizer)
-        state = optimizer_state(trainer.decoder, trainer.optimizer)
+        state = optimizer_state(trainer.decoder, trainer.optimizer, joined.groups)
         numbers = state[f"{flat}/0"].data.numel()
         old = ShardedTensor(flat, torch.zeros(numbers), torch.float32, (numbers,), (numbers,), (0,), None)
-        write_tensors({**state, f"{flat}/0": old}, checkpoint)
+        checkpoint.mkdir()
+        dist_checkpointing.save({**state, f"{flat}/0": old}, str(checkpoint), ("torch_dist", 1))
         with pytest.raises(ValueError, match="optimizer") as error:
             read_tensors(state, checkpoint)
         return str(error.value)

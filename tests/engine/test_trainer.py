@@ -51,7 +51,7 @@ def train(place: Place, corpus: Path, steps: int, changes: dict[str, Any], load:
                 progress=Progress(step=done + steps),
                 optimizer_steps=optimizer_steps(trainer.optimizer),
             )
-            state = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer)
+            state = model_state(decoder, joined.groups) | optimizer_state(decoder, trainer.optimizer, joined.groups)
             save(store, state, record, joined.groups)
         return losses, norms, {name: p.detach().float().clone() for name, p in decoder.named_parameters()}
 

@@ -77,7 +77,8 @@ def test_impossible_guards(change: dict[str, float], says: str) -> None:
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     trainer.settle()
     tensors = {name: p.detach().clone() for name, p in trainer.decoder.named_parameters()}
-    return tensors | {key: sharded.data.clone() for key, sharded in optimizer_state(trainer.decoder, trainer.optimizer).items()}
+    state = optimizer_state(trainer.decoder, trainer.optimizer, trainer.session.groups)
+    return tensors | {key: sharded.data.clone() for key, sharded in state.items()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
