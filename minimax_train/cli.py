@@ -151,7 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     positions.add_argument("run", metavar="RUN", type=Path)
     _add_needle(add("needle", _needle, "Facts hidden far back: how many are found, by length and depth.", to=evaluations))
     _add_generate(add("generate", _generate, "Let a small model go on from a prompt, on one rank."))
-    checkpoints = group("checkpoint", "A run's checkpoints: list, verify.")
+    checkpoints = group("checkpoint", "A run's checkpoints: list, verify, repair.")
+    repaired = add("repair", _checkpoint_repair, "Bring back damaged checkpoints of a run from copies, or set them aside.", to=checkpoints)
+    repaired.add_argument("run", metavar="RUN", type=Path)
+    repaired.add_argument("--from", metavar="DIR", type=Path, dest="copies", help="a folder that has copies of them, step-... by step-...")
     for name, verb, about in (
         ("list", _checkpoint_list, "Every checkpoint of a run, and whether it is intact."),
         ("verify", _checkpoint_verify, "Fail unless every checkpoint of a run (or the one given) is intact."),
@@ -741,8 +744,35 @@ def _print_checkpoints(path: Path, *, only_damaged: bool) -> bool:
         raise ValueError(f"{path} is neither a run with checkpoints nor a checkpoint")
     wrong = {checkpoint: damage(checkpoint) for checkpoint in found}
     for checkpoint, problem in wrong.items():
-        print(f"{checkpoint}: {problem or 'intact'}")
+        print(f"{checkpoint}: {problem or f'intact{_about(checkpoint)}'}")
     return not (only_damaged and any(wrong.values()))
+
+
+def _about(checkpoint: Path) -> str:
+    """Tokens, and whether it is the end of a stage."""
+    from minimax_train.checkpoint.record import read_record
+
+    record = read_record(checkpoint)
+    return f", {record.progress.tokens:,} tokens{', the end of a stage' if record.stage_end else ''}"
+
+
+def _checkpoint_repair(a: argparse.Namespace) -> int:
+    from minimax_train.checkpoint.repair import repair
+    from minimax_train.checkpoint.shelf import checkpoints_in, newest_verified
+    from minimax_train.train.folder import RunFolder, owned
+
+    folder = RunFolder(a.run).require()
+    if a.copies is not None and not checkpoints_in(a.copies):
+        raise ValueError(f"--from {a.copies} has no checkpoints: give the folder in which step-... lie")
+    with owned(a.run):
+        for line in repair(folder.checkpoints, a.copies):
+            print(line)
+        newest, passed = newest_verified(folder.checkpoints)
+    if newest is None:
+        print(f"minimax-train: no checkpoint of {a.run} is intact", file=sys.stderr)
+        return 1
+    print(f"the newest that verifies: {newest}")
+    return 1 if passed else 0
 
 
 def _status(a: argparse.Namespace) -> int:

@@ -75,9 +75,14 @@ class Checkpoints:
     asynchronous: bool = True
     """Training goes on while one is being written. The last one, a stage's last, and one that was asked for are always waited for."""
     keep: int = 2
+    """The newest ones that stay."""
+    keep_every_tokens: int | None = None
+    """Besides, the first checkpoint at or beyond every multiple of so many tokens stays; null: none for this reason."""
 
     def __post_init__(self) -> None:
         at_least("checkpoints", self, every_steps=1, keep=1)
+        if self.keep_every_tokens is not None:
+            at_least("checkpoints", self, keep_every_tokens=1)
 
 
 @dataclass(frozen=True, kw_only=True)

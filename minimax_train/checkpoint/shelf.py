@@ -73,19 +73,27 @@ def check_architecture(record: Record, config: ModelConfig, checkpoint: Path) ->
         raise ValueError(f"checkpoint {checkpoint} holds another architecture (checkpoint -> plan): {'; '.join(different)}")
 
 
-def prune(folder: Path, keep: int) -> list[Path]:
-    """Removes old checkpoints: the newest `keep` and the ends of stages stay, and so does the newest that verifies."""
-    present = checkpoints_in(folder)
-    old = present[:-keep]
-    if not old or newest_verified(folder)[0] not in present[-keep:]:
+def prune(folder: Path, keep: int, every_tokens: int | None = None, verified: Path | None = None) -> list[Path]:
+    """Removes old checkpoints. What stays: the newest `keep`, the ends of stages, the first at or beyond every multiple of `every_tokens`,
+    the newest that verifies, and what is not a plain folder of ours. `verified`: one that need not be read again to know that it does."""
+    present = [path for path in checkpoints_in(folder) if not path.is_symlink()]
+    newest, old = present[-keep:], present[:-keep]
+    if not old or (verified not in newest and newest_verified(folder)[0] not in newest):
         return []
+    milestones, reached = set[Path](), 0
     removed = []
-    for checkpoint in old:
+    for checkpoint in present:
         try:
-            kept = read_record(checkpoint).stage_end
+            record = read_record(checkpoint)
         except (OSError, ValueError):
-            kept = True  # not ours to judge: `checkpoint list` shows it
-        if not kept:
-            shutil.rmtree(checkpoint)
+            milestones.add(checkpoint)  # not ours to judge: `checkpoint list` shows it
+            continue
+        passed = record.progress.tokens // every_tokens if every_tokens else 0
+        if record.stage_end or passed > reached:
+            milestones.add(checkpoint)
+        reached = max(reached, passed)
+    for checkpoint in old:
+        if checkpoint not in milestones:
+            shutil.rmtree(checkpoint)  # it follows no link inside
             removed.append(checkpoint)
     return removed

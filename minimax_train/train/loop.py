@@ -296,9 +296,10 @@ class _Run:
         state = model_state(decoder, self.session.groups) | optimizer_state(decoder, optimizer, self.session.groups)
         self.saver.begin(final, state, record, wait=wait)
 
-    def _committed(self, _: Path) -> None:
+    def _committed(self, checkpoint: Path) -> None:
         if self.session.is_first:
-            prune(self.folder.checkpoints, self.plan.checkpoints.keep)
+            keep = self.plan.checkpoints
+            prune(self.folder.checkpoints, keep.keep, keep.keep_every_tokens, verified=checkpoint)
 
     def _not_saved(self, why: str) -> None:
         self.not_saved = why
