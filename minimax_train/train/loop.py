@@ -147,11 +147,13 @@ class _Run:
                     self._step(stage, sampler)
                 self.fresh = False
                 tick()
-                if self.progress.refused > self.plan.guard.most:
-                    self._go_back()
-                else:
-                    self._after_step(stage)
-                self._look_around(stage)
+                if broken := self.progress.refused > self.plan.guard.most:
+                    with self.pulse.during("going back", PATIENCE.total_seconds()):
+                        self._go_back()
+                with self.pulse.during("between steps"):
+                    if not broken:
+                        self._after_step(stage)
+                    self._look_around(stage)
 
     def _step(self, stage: Stage, sampler: Sampler) -> None:
         """One optimizer step, and its line."""
