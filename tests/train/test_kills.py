@@ -17,7 +17,7 @@ from minimax_train.recipe import load_plan
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 RANKS, STEPS, KILLS = 2, (8, 6, 4), 20
-WITH_CLOCK = ("tokens_per_second", "mfu", "step_seconds", "save_stall_seconds")
+WITH_CLOCK = ("tokens_per_second", "mfu", "step_seconds", "save_stall_seconds", "stragglers")
 
 
 def settings() -> list[str]:
