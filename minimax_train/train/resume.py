@@ -87,6 +87,8 @@ def open_run(plan: Plan, folder: RunFolder, overrides: Sequence[str] = ()) -> Op
     if newest is None:
         if passed:
             raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; move them away to start again")
+        if aside := sorted(path.name for path in folder.checkpoints.glob("damaged-*")):
+            raise ValueError(f"{folder.path} has no checkpoint but damaged ones ({', '.join(aside)}); move them away to start again")
         if start[0] is not None:
             keep(start[0], folder.path)
         return Opening(checkpoint=start[0], record=start[1], resumed=False, notes=notes + start[2])

@@ -153,12 +153,14 @@ def test_repair(run: Path, made: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["checkpoint", "repair", str(run)]) == 0  # nothing left to do
 
 
-def test_repair_without_copies(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repair_without_copies(run: Path, corpus: Path, alone: Session, capsys: pytest.CaptureFixture[str]) -> None:
     for checkpoint in checkpoints_in(run / "checkpoints"):
         shard(checkpoint).unlink()
     assert main(["checkpoint", "repair", str(run)]) == 1
     assert "is intact" in capsys.readouterr().err
     assert names(run / "checkpoints") == [] and len(list((run / "checkpoints").glob("damaged-*"))) == 9
+    with pytest.raises(ValueError, match="no checkpoint but damaged ones .*move them away to start again"):
+        train(little_plan(corpus, checkpoints=Checkpoints(every_steps=1, keep=20)), run, alone)  # never from the beginning
     assert main(["checkpoint", "repair", str(run), "--from", str(run)]) == 2
     assert "has no checkpoints" in capsys.readouterr().err
 
