@@ -130,7 +130,7 @@ def _write_and_exit(
     owned: Sharded, tensors: dict[str, Tensor], folder: Path, rank: int, progress: mmap.mmap, result: IO[bytes], parent: int
 ) -> None:
     """The forked process; it never returns."""
-    status = 1
+    status, said = 1, dict[str, Any]()
     try:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
