@@ -56,6 +56,15 @@ def test_who_is_behind_and_waits_for_nobody_is_hung() -> None:
     assert ranks.now < LIMIT + 1.1
 
 
+def test_who_falls_silent_while_it_stands_still_is_stopped() -> None:
+    """It would be called hung, and left alive, where its last beat alone was judged."""
+    ranks = Ranks(2)
+    ranks.wait(0)
+    assert ranks.go(1) is None
+    ranks.silent = {1}
+    assert ranks.go(10) == ("stopped", [1])
+
+
 def test_who_waits_for_the_culprit_is_none() -> None:
     """Rank 1 waits for the hung rank 2 in one group; ranks 0 and 3 wait for rank 1 in another, where it is behind."""
     ranks = Ranks(4)
