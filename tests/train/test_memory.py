@@ -16,7 +16,7 @@ from tests.support import little_plan
 
 
 def test_out_of_memory(corpus: Path, tmp_path: Path) -> None:
-    plan, run, taken = little_plan(corpus, checkpoints=Checkpoints(every_steps=2, keep=3)), tmp_path / "run", 0
+    plan, run, taken = little_plan(corpus, checkpoints=Checkpoints(every_steps=2, keep=3, asynchronous=False)), tmp_path / "run", 0
 
     def scarce(self: Trainer, *arguments: Any, **named: Any) -> Any:
         nonlocal taken
