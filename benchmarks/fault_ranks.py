@@ -84,7 +84,8 @@ def trains(place: Place, plan: Plan, run: Path, slow_saves: float, limit: float)
 
     def opens(*arguments: Any) -> Any:
         opening = opened(*arguments)
-        (run / "began").write_text(str(opening.progress.step))
+        if place.rank == 0:
+            (run / "began").write_text(str(opening.progress.step))
         return opening
 
     loop._Run._write, loop.open_run = slowly, opens  # type: ignore[method-assign]

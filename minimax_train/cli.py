@@ -151,15 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     positions.add_argument("run", metavar="RUN", type=Path)
     _add_needle(add("needle", _needle, "Facts hidden far back: how many are found, by length and depth.", to=evaluations))
     _add_generate(add("generate", _generate, "Let a small model go on from a prompt, on one rank."))
-    checkpoints = group("checkpoint", "A run's checkpoints: list, verify, repair.")
-    repaired = add("repair", _checkpoint_repair, "Bring back damaged checkpoints of a run from copies, or set them aside.", to=checkpoints)
-    repaired.add_argument("run", metavar="RUN", type=Path)
-    repaired.add_argument("--from", metavar="DIR", type=Path, dest="copies", help="a folder that has copies of them, step-... by step-...")
-    for name, verb, about in (
-        ("list", _checkpoint_list, "Every checkpoint of a run, and whether it is intact."),
-        ("verify", _checkpoint_verify, "Fail unless every checkpoint of a run (or the one given) is intact."),
-    ):
-        add(name, verb, about, to=checkpoints).add_argument("run", metavar="RUN", type=Path)
+    _add_checkpoint(add, group("checkpoint", "A run's checkpoints: list, verify, copy, repair."))
     for name, verb, about in (
         ("status", _status, "Where a run stands."),
         ("report", _report, "Write RUN/report/index.html and its plots."),
@@ -235,6 +227,23 @@ def _add_needle(made: argparse.ArgumentParser) -> None:
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch can use one")
     made.add_argument("--to", metavar="FOLDER", type=Path, help="gets needle.json and needle.png (default: RUN/evaluation)")
     made.add_argument("--json", action="store_true", help="print what needle.json holds instead of a table")
+
+
+def _add_checkpoint(add: Any, to: Any) -> None:
+    for name, verb, about in (
+        ("list", _checkpoint_list, "Every checkpoint of a run, and whether it is intact."),
+        ("verify", _checkpoint_verify, "Fail unless every checkpoint of a run (or the one given) is intact."),
+    ):
+        made = add(name, verb, about, to=to)
+        made.add_argument("run", metavar="RUN", type=Path)
+        made.add_argument("--json", action="store_true")
+    copied = add("copy", _checkpoint_copy, "Copy a checkpoint, or a run's newest, and verify what arrived.", to=to)
+    copied.add_argument("checkpoint", metavar="CKPT", type=Path)
+    copied.add_argument("--to", metavar="DIR", type=Path, required=True, help="a folder that is not there yet")
+    repaired = add("repair", _checkpoint_repair, "Bring back damaged checkpoints of a run from copies, or set them aside.", to=to)
+    repaired.add_argument("run", metavar="RUN", type=Path)
+    about = "a run, or a folder with copies of them, step-... by step-... (default: the plan's checkpoints.mirror)"
+    repaired.add_argument("--from", metavar="DIR", type=Path, dest="copies", help=about)
 
 
 def _add_generate(made: argparse.ArgumentParser) -> None:
@@ -627,11 +636,10 @@ def _logits(a: argparse.Namespace) -> int:
     from minimax_train.engine.session import session
 
     with session() as alone:
-        from minimax_train.checkpoint.shelf import resolve
         from minimax_train.evaluate.logits import write_logits
 
         precision: Any = {None: None, "float32": "fp32", "bfloat16": "bf16"}[a.dtype]
-        shape = write_logits(resolve(a.checkpoint), a.input_ids, a.to, alone, precision)
+        shape = write_logits(a.checkpoint, a.input_ids, a.to, alone, precision)
     print(f"{a.to}: logits {shape}")
     return 0
 
@@ -726,53 +734,29 @@ def _generate(a: argparse.Namespace) -> int:
 
 
 def _checkpoint_list(a: argparse.Namespace) -> int:
-    return 0 if _print_checkpoints(a.run, only_damaged=False) else 2
+    from minimax_train.checkpoint.verbs import tell_all
+
+    tell_all(a.run, as_json=a.json)
+    return 0
 
 
 def _checkpoint_verify(a: argparse.Namespace) -> int:
-    return 0 if _print_checkpoints(a.run, only_damaged=True) else 1
+    from minimax_train.checkpoint.verbs import tell_all
+
+    return 0 if tell_all(a.run, as_json=a.json) else 1
 
 
-def _print_checkpoints(path: Path, *, only_damaged: bool) -> bool:
-    """One line each; True when there is one at least and (when verifying) all are intact."""
-    from minimax_train.checkpoint.manifest import damage
-    from minimax_train.checkpoint.shelf import checkpoints_in
+def _checkpoint_copy(a: argparse.Namespace) -> int:
+    from minimax_train.checkpoint.verbs import copy
 
-    inside = path / "checkpoints"
-    found = checkpoints_in(inside) if inside.is_dir() else [path] if (path / "checkpoint.json").is_file() else []
-    if not found:
-        raise ValueError(f"{path} is neither a run with checkpoints nor a checkpoint")
-    wrong = {checkpoint: damage(checkpoint) for checkpoint in found}
-    for checkpoint, problem in wrong.items():
-        print(f"{checkpoint}: {problem or f'intact{_about(checkpoint)}'}")
-    return not (only_damaged and any(wrong.values()))
-
-
-def _about(checkpoint: Path) -> str:
-    """Tokens, and whether it is the end of a stage."""
-    from minimax_train.checkpoint.record import read_record
-
-    record = read_record(checkpoint)
-    return f", {record.progress.tokens:,} tokens{', the end of a stage' if record.stage_end else ''}"
+    copy(a.checkpoint, a.to)
+    return 0
 
 
 def _checkpoint_repair(a: argparse.Namespace) -> int:
-    from minimax_train.checkpoint.repair import repair
-    from minimax_train.checkpoint.shelf import checkpoints_in, newest_verified
-    from minimax_train.train.folder import RunFolder, owned
+    from minimax_train.checkpoint.verbs import repair_run
 
-    folder = RunFolder(a.run).require()
-    if a.copies is not None and not checkpoints_in(a.copies):
-        raise ValueError(f"--from {a.copies} has no checkpoints: give the folder in which step-... lie")
-    with owned(a.run):
-        for line in repair(folder.checkpoints, a.copies):
-            print(line)
-        newest, passed = newest_verified(folder.checkpoints)
-    if newest is None:
-        print(f"minimax-train: no checkpoint of {a.run} is intact", file=sys.stderr)
-        return 1
-    print(f"the newest that verifies: {newest}")
-    return 1 if passed else 0
+    return 0 if repair_run(a.run, a.copies) else 1
 
 
 def _status(a: argparse.Namespace) -> int:

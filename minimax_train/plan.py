@@ -78,6 +78,8 @@ class Checkpoints:
     """The newest ones that stay."""
     keep_every_tokens: int | None = None
     """Besides, the first checkpoint at or beyond every multiple of so many tokens stays; null: none for this reason."""
+    mirror: str | None = None
+    """A folder, on another file system, in which the folder NAME-OF-RUN gets copies, and keeps as many; null: none."""
 
     def __post_init__(self) -> None:
         at_least("checkpoints", self, every_steps=1, keep=1)

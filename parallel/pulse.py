@@ -145,6 +145,7 @@ class Pulse:
         beat = Beat(
             rank=self.place.rank,
             host=socket.gethostname(),
+            node=self.place.node,
             pid=os.getpid(),
             number=number,
             phase=self._phase,

@@ -27,6 +27,8 @@ class Beat:
     phase: str
     limit: float
     """Seconds that this phase may stand still."""
+    node: str = ""
+    """Slurm's name for the host, under Slurm."""
     counts: dict[str, int] = field(default_factory=dict)
     """Collectives entered since the start, by process group."""
     moves: int = 0

@@ -28,6 +28,8 @@ class Place:
     """The launcher keeps the rendezvous store; else rank 0 does."""
     attempt: int = 0
     """Times that the launcher has started the ranks again: what an earlier attempt left in a store that outlived it is not read."""
+    node: str = ""
+    """Slurm's name for the machine, where Slurm started the process."""
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
@@ -56,6 +58,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
             address=address,
             hosted=hosted,
             attempt=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            node=environment.get("SLURMD_NODENAME", ""),
         )
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
         host = environment.get("MASTER_ADDR") or environment.get("SLURM_SRUN_COMM_HOST", "127.0.0.1")
@@ -65,6 +68,7 @@ def find_place(environment: Mapping[str, str]) -> Place | None:
             size=_number(environment, "SLURM_STEP_NUM_TASKS"),
             local_rank=_number(environment, "SLURM_LOCALID"),
             address=f"{host}:{port}",
+            node=environment.get("SLURMD_NODENAME", ""),
         )
     return None
 

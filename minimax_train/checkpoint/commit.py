@@ -40,12 +40,13 @@ def abandon(temporary: Path) -> None:
 
 
 @contextlib.contextmanager
-def committed(final: Path) -> Iterator[Path]:
-    """For one process: gives the folder to fill; on leaving without an error it is committed, otherwise abandoned."""
+def committed(final: Path, known: Mapping[str, tuple[int, str]] | None = None) -> Iterator[Path]:
+    """For one process: gives the folder to fill; on leaving without an error it is committed, otherwise abandoned. `known`: as
+    write_manifest takes it."""
     temporary = begin(final)
     try:
         yield temporary
-        commit(temporary, final)
+        commit(temporary, final, known)
     except BaseException:
         abandon(temporary)
         raise

@@ -1,10 +1,10 @@
 """Damaged checkpoints of a run: made whole from copies elsewhere, or set aside."""
 
-import shutil
 from pathlib import Path
 
-from minimax_train.checkpoint.commit import committed, remove_leftovers
-from minimax_train.checkpoint.manifest import NAME, damage
+from minimax_train.checkpoint.commit import remove_leftovers
+from minimax_train.checkpoint.copies import copy_checkpoint
+from minimax_train.checkpoint.manifest import damage
 from minimax_train.checkpoint.shelf import checkpoints_in, newest_verified, set_aside
 
 
@@ -35,15 +35,5 @@ def repair(folder: Path, copies: Path | None) -> list[str]:
 
 
 def _bring(copy: Path, final: Path) -> str:
-    """Copies an intact checkpoint; it appears complete or not at all, and what arrived is what its manifest says."""
-    with committed(final) as temporary:
-        for path in sorted(copy.rglob("*")):
-            target = temporary / path.relative_to(copy)
-            if path.is_dir():
-                target.mkdir(parents=True, exist_ok=True)
-            elif path.name != NAME or path.parent != copy:
-                shutil.copyfile(path, target)
-        shutil.copyfile(copy / NAME, temporary / NAME)
-        if (wrong := damage(temporary)) is not None:
-            raise OSError(f"{copy} did not arrive whole: {wrong}")
+    copy_checkpoint(copy, final)
     return f"{final.name} was copied from {copy.parent}"

@@ -5,6 +5,7 @@ Layout: FOLDER/step-00000100/{manifest.json, checkpoint.json, tensors/...}. A co
 
 import shutil
 import uuid
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from minimax_train.checkpoint.manifest import damage
@@ -24,11 +25,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def newest_verified(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose checksums hold, and what is wrong with every newer one."""
+def newest_verified(folder: Path, check: Callable[[Path], str | None] = damage) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint with which `check` finds nothing wrong, and what is wrong with every newer one."""
     passed: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints_in(folder)):
-        wrong = damage(checkpoint)
+        wrong = check(checkpoint)
         if wrong is None:
             return checkpoint, passed
         passed[checkpoint] = wrong
@@ -49,11 +50,22 @@ def set_aside(checkpoint: Path, why: str = "damaged") -> Path:
 def verified_record(checkpoint: Path) -> Record:
     """The record of an undamaged checkpoint; ValueError naming what is wrong."""
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint} is not a checkpoint: no such folder")
-    wrong = damage(checkpoint)
-    if wrong is not None:
-        raise ValueError(f"checkpoint {checkpoint} is damaged: {wrong}; use another one")
+        raise no_folder(checkpoint)
+    if (wrong := damage(checkpoint)) is not None:
+        raise damaged(checkpoint, wrong)
     return read_record(checkpoint)
+
+
+def no_folder(checkpoint: Path) -> ValueError:
+    return ValueError(f"{checkpoint} is not a checkpoint: no such folder")
+
+
+def damaged(checkpoint: Path, wrong: str) -> ValueError:
+    return ValueError(f"checkpoint {checkpoint} is damaged: {wrong}; use another one")
+
+
+def none_verifies(run: Path, passed: dict[Path, str]) -> ValueError:
+    return ValueError(f"run {run} has no checkpoint that verifies{': ' + describe(passed) if passed else ''}")
 
 
 def resolve(path: Path) -> Path:
@@ -62,7 +74,7 @@ def resolve(path: Path) -> Path:
         return path
     newest, passed = newest_verified(path / "checkpoints")
     if newest is None:
-        raise ValueError(f"run {path} has no checkpoint that verifies{': ' + describe(passed) if passed else ''}")
+        raise none_verifies(path, passed)
     return newest
 
 
@@ -73,9 +85,12 @@ def check_architecture(record: Record, config: ModelConfig, checkpoint: Path) ->
         raise ValueError(f"checkpoint {checkpoint} holds another architecture (checkpoint -> plan): {'; '.join(different)}")
 
 
-def prune(folder: Path, keep: int, every_tokens: int | None = None, verified: Path | None = None) -> list[Path]:
+def prune(
+    folder: Path, keep: int, every_tokens: int | None = None, verified: Path | None = None, needed: Collection[Path] = ()
+) -> list[Path]:
     """Removes old checkpoints. What stays: the newest `keep`, the ends of stages, the first at or beyond every multiple of `every_tokens`,
-    the newest that verifies, and what is not a plain folder of ours. `verified`: one that need not be read again to know that it does."""
+    the newest that verifies, `needed`, and what is not a plain folder of ours. `verified`: one that need not be read again to know that it
+    does."""
     present = [path for path in checkpoints_in(folder) if not path.is_symlink()]
     newest, old = present[-keep:], present[:-keep]
     if not old or (verified not in newest and newest_verified(folder)[0] not in newest):
@@ -84,16 +99,17 @@ def prune(folder: Path, keep: int, every_tokens: int | None = None, verified: Pa
     removed = []
     for checkpoint in present:
         try:
-            record = read_record(checkpoint)
+            record, lacking = read_record(checkpoint), damage(checkpoint, contents=False)
         except (OSError, ValueError):
             milestones.add(checkpoint)  # not ours to judge: `checkpoint list` shows it
             continue
         passed = record.progress.tokens // every_tokens if every_tokens else 0
         if record.stage_end or passed > reached:
             milestones.add(checkpoint)
-        reached = max(reached, passed)
+        if not lacking:  # else the next one stays as well, in its place
+            reached = max(reached, passed)
     for checkpoint in old:
-        if checkpoint not in milestones:
+        if checkpoint not in milestones and checkpoint not in needed:
             shutil.rmtree(checkpoint)  # it follows no link inside
             removed.append(checkpoint)
     return removed

@@ -1,6 +1,8 @@
 """A new file whose checksum is known and whose bytes are on the disk when it is closed."""
 
 import os
+import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -8,6 +10,8 @@ from typing import Any
 
 import xxhash
 
+PIECE = 1 << 26
+"""Bytes after which it is shown that there is progress."""
 BLOCK = 1 << 20
 """Bytes that are hashed and written while they are in the processor's cache."""
 FLUSH_EVERY = 1 << 27
@@ -64,3 +68,16 @@ class Hashed:
     def digest(self) -> str:
         """xxh3-128 of everything written, in hexadecimal."""
         return self._digest.hexdigest()
+
+
+def read_back(path: Path, show: Callable[[int], None]) -> tuple[int, str]:
+    """Size and xxh3-128 of what the disk has of a file, not of what memory still has. `show` hears of every PIECE."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as file:
+        if sys.platform == "linux":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while block := file.read(PIECE):
+            digest.update(block)
+            size += len(block)
+            show(len(block))
+    return size, digest.hexdigest()

@@ -18,18 +18,15 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-import xxhash
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch import Tensor
 
-from minimax_train.engine.hashed import Hashed
+from minimax_train.engine.hashed import PIECE, Hashed, read_back
 from minimax_train.engine.state import Sharded
 from minimax_train.engine.torch_dist import Chunk, Stored, write_chunk
 
 SILENT = 30.0
 """Seconds without a byte written after which a writer is given up."""
-PIECE = 1 << 26
-"""Bytes after which a writer shows that it is at work."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -164,15 +161,14 @@ def _write(owned: dict[str, ShardedTensor], tensors: dict[str, Tensor], path: Pa
             box = Chunk(offset=sharded.global_offset, shape=tuple(tensor.shape), file=path.name, start=start, length=hashed.size - start)
             chunks.append((sharded.key, asdict(box)))
             shapes[sharded.key] = (list(sharded.global_shape), str(sharded.dtype).removeprefix("torch."))
-    back, read = xxhash.xxh3_128(), 0
-    with path.open("rb", buffering=0) as file:
-        if sys.platform == "linux":
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read it from the disk, not from memory
-        while block := file.read(PIECE):
-            back.update(block)
-            read += len(block)
-            _show(progress, hashed.size + read)
-    if (read, back.hexdigest()) != (hashed.size, hashed.digest()):
+    read = 0
+
+    def show(more: int) -> None:
+        nonlocal read
+        read += more
+        _show(progress, hashed.size + read)
+
+    if read_back(path, show) != (hashed.size, hashed.digest()):
         raise OSError(f"{path} gives back other bytes than were written")
     return Part(file=path.name, size=hashed.size, checksum=hashed.digest(), shapes=shapes, chunks=chunks)
 

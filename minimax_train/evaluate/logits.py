@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minimax_train.checkpoint.record import Record
-from minimax_train.checkpoint.shelf import verified_record
 from minimax_train.checkpoint.store import load_weights
+from minimax_train.checkpoint.verify import open_shared
 from minimax_train.engine.session import Session
 from minimax_train.engine.stage import bare, build_stage
 from minimax_train.model.decoder import Decoder
@@ -17,9 +17,10 @@ from minimax_train.model.row import Row
 from minimax_train.plan import Precision
 
 
-def load_decoder(checkpoint: Path, session: Session, precision: Precision | None = None) -> tuple[Decoder, Record]:
-    """The model of a verified checkpoint, in its own precision or another, at the RoPE base it was trained with."""
-    record = verified_record(checkpoint)
+def load_decoder(path: Path, session: Session, precision: Precision | None = None) -> tuple[Decoder, Record]:
+    """The model of a checkpoint, or of a run's newest that verifies, in its own precision or another, at the RoPE base it was trained
+    with. All ranks call it."""
+    checkpoint, record = open_shared(path, session.groups)
     return fill_decoder(checkpoint, record, session, precision), record
 
 

@@ -10,7 +10,7 @@ from data.retrieval import vocabulary_of
 from data.tokenizer import Tokenizer
 from minimax_train.checkpoint.commit import replace_text
 from minimax_train.checkpoint.record import Record
-from minimax_train.checkpoint.shelf import resolve, verified_record
+from minimax_train.checkpoint.verify import open_shared
 from minimax_train.engine.session import Session
 from minimax_train.evaluate.grid import Asked, Grid
 from minimax_train.evaluate.logits import fill_decoder
@@ -49,14 +49,14 @@ def evaluate_needle(path: Path, asked: Asked, tokenizer: Path | None, session: S
     ValueError where there is no such checkpoint or tokenizer, or the session's layout does not fit the model.
     """
 
-    def opened() -> tuple[Path, Record, Grid]:
-        checkpoint = resolve(path)
-        record = verified_record(checkpoint)
+    checkpoint, record = open_shared(path, session.groups)
+
+    def checked() -> Grid:
         check_layout(record, session.groups.layout)
         find_tokenizer(path, tokenizer, record.model)
-        return checkpoint, record, asked.grid(path, record)
+        return asked.grid(path, record)
 
-    checkpoint, record, grid = first_does(opened, session.groups.world)
+    grid = first_does(checked, session.groups.world)
     words = words_of(find_tokenizer(path, tokenizer, record.model))
     decoder = fill_decoder(checkpoint, record, session)
     cells = score(decoder, words, grid, session, told=told)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.tokenizer import Tokenizer
-from minimax_train.checkpoint.shelf import resolve
 from minimax_train.engine.session import Session
 from minimax_train.evaluate.generate import Choosing, generate
 from minimax_train.evaluate.logits import load_decoder, read_input_ids
@@ -38,7 +37,7 @@ def go_on(
     The end-of-document token of the tokenizer stops it unless `past_end`. ValueError where text is given and there is no tokenizer, and
     where ids are given without one and without `past_end`: nobody knows then which token ends a document.
     """
-    decoder, record = load_decoder(resolve(path), session)
+    decoder, record = load_decoder(path, session)
     words = _tokenizer(path, prompt, tokenizer, record.model, past_end)
     if isinstance(prompt, Path):
         prompts = read_input_ids(prompt, record.model.vocab_size).tolist()

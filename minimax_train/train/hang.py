@@ -52,6 +52,8 @@ def keep(verdict: Verdict, place: Place, run: Path) -> None:
             (folder / f"rank-{place.rank}.flight-recorder").write_bytes(record)
         if place.rank not in verdict.ranks:
             (folder / "verdict.json").write_text(json.dumps(verdict.as_dict(), indent=1))  # the same from every rank
+            if verdict.kind in ("stopped", "hung") and (nodes := {beat.node for beat in verdict.beats if beat.node}):
+                (folder / "nodes").write_text("\n".join(sorted(nodes)) + "\n")  # the job's script counts them
     if verdict.kind in ("stopped", "hung"):
         for beat in told:
             _end(beat, folder if run.exists() else None)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data.sampler import Bookmark, Sampler
+from minimax_train.checkpoint.mirror import Mirror, mirror_of
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import folder_of, prune
 from minimax_train.engine.batch import Totals
@@ -63,7 +64,7 @@ def train(
         stack.enter_context(pulse.during("opening the run", PATIENCE.total_seconds()))
         folder, last = RunFolder(run), len(plan.stages) - 1 if through is None else through
         first_does(lambda: _own(stack, run), session.groups.world)
-        opening: Opening = first_does(lambda: open_run(plan, folder, overrides), session.groups.world)
+        opening = open_run(plan, folder, session.groups, overrides)
         if plan.layout_of(opening.progress.stage) != session.groups.layout:
             return opening.progress
         progress = _Run(plan, folder, session, opening, pause, pulse).go(last, profile=profile)
@@ -106,6 +107,7 @@ class _Run:
         self.metrics: Metrics | None = None
         self.rewound: dict[str, Any] | None = None
         """What is said of going back, on the line of the next step."""
+        self.mirror: Mirror | None = None
         if session.is_first:
             self.folder.write_facts(facts(self.trainer, self.peak, self.held_out))
             self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
@@ -113,6 +115,10 @@ class _Run:
             notes = [*opening.notes, f"attention backends: lightning {backends.lightning}, softmax {backends.softmax}"]
             for note in [*notes, *([uneven] if uneven else [])]:
                 self.metrics.say(note)
+            if (place := mirror_of(plan.checkpoints, folder.path)) is not None:
+                self.mirror = Mirror(place, plan.checkpoints, self.metrics.say)
+                if opening.resumed and opening.checkpoint is not None:  # the run may have been stopped before it was copied
+                    self.mirror.copy(opening.checkpoint)
 
     def go(self, through: int, *, profile: bool) -> Progress:
         """Every stage that is left, up to `through`, as long as the layout stays the same."""
@@ -120,6 +126,8 @@ class _Run:
             if self.metrics is not None:
                 stack.callback(self.metrics.close)
             stack.callback(self.saver.close)
+            if self.mirror is not None:
+                stack.callback(self.mirror.close)
             tick = stack.enter_context(profiled(self.folder.path, self.session.place.rank, wanted=profile))
             layout, total = self.session.groups.layout, self.plan.total_steps
             while (
@@ -129,7 +137,14 @@ class _Run:
                 and self.plan.layout_of(self.progress.stage) == layout
             ):
                 self._stage(self.plan.stages[self.progress.stage], tick)
+            if self.plan.checkpoints.mirror is not None and not self.paused:  # where a stop was asked for there is no time
+                with self.pulse.during("copying checkpoints", PATIENCE.total_seconds()):
+                    first_does(self._finish_copies, self.session.groups.world)
         return self.progress
+
+    def _finish_copies(self) -> None:
+        assert self.mirror is not None
+        self.mirror.finish(PATIENCE.total_seconds() / 2)
 
     def _stage(self, stage: Stage, tick: Any) -> None:
         """The steps that are left of one stage."""
@@ -227,6 +242,8 @@ class _Run:
         asked, busy, failed = all_sum(torch.tensor(said, device=self.session.device), self.session.groups.world).tolist()
         with self.pulse.during("saving", PATIENCE.total_seconds()):
             self.saver.count(Votes(busy=busy, failed=failed))
+        if self.mirror is not None:
+            self.mirror.look()
         if asked:
             self.paused = True
             self._save(stage, ended=False)
@@ -300,8 +317,11 @@ class _Run:
 
     def _committed(self, checkpoint: Path) -> None:
         if self.session.is_first:
-            keep = self.plan.checkpoints
-            prune(self.folder.checkpoints, keep.keep, keep.keep_every_tokens, verified=checkpoint)
+            keep, needed = self.plan.checkpoints, set[Path]()
+            if self.mirror is not None:
+                self.mirror.copy(checkpoint)
+                needed = self.mirror.needed
+            prune(self.folder.checkpoints, keep.keep, keep.keep_every_tokens, verified=checkpoint, needed=needed)
 
     def _not_saved(self, why: str) -> None:
         self.not_saved = why

@@ -8,9 +8,11 @@ from data.batches import check_vocabulary
 from data.dataset import TokenDataset
 from data.views import View, of_length
 from minimax_train.checkpoint.commit import remove_leftovers
+from minimax_train.checkpoint.mirror import claim, mirror_of
 from minimax_train.checkpoint.record import Progress, Record, read_record
-from minimax_train.checkpoint.shelf import check_architecture, describe, newest_verified, resolve, set_aside, verified_record
+from minimax_train.checkpoint.shelf import check_architecture, describe, set_aside
 from minimax_train.checkpoint.store import load_weights
+from minimax_train.checkpoint.verify import newest_shared, open_shared
 from minimax_train.convert.carried import keep
 from minimax_train.engine.state import adopt_weights, optimizer_state, optimizer_steps, prepare_optimizer, set_optimizer_steps
 from minimax_train.engine.storage import read_tensors
@@ -18,6 +20,8 @@ from minimax_train.engine.trainer import Trainer
 from minimax_train.plan import Plan
 from minimax_train.train.folder import RunFolder
 from minimax_train.train.stage_rows import planned_epochs
+from parallel.collectives import first_does
+from parallel.groups import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,24 +78,48 @@ def open_data(plan: Plan) -> RunData:
     return RunData(sources=sources, validation=validation)
 
 
-def open_run(plan: Plan, folder: RunFolder, overrides: Sequence[str] = ()) -> Opening:
-    """Checks everything that can be checked before the model exists. Called by the first rank, for all. `overrides`: the settings of `plan`
-    in which it may differ from the run's."""
-    data = open_data(plan)
-    start = _start(plan)  # before the folder is touched: bad input leaves nothing behind
-    newest, passed = newest_verified(folder.checkpoints)
+def open_run(plan: Plan, folder: RunFolder, groups: Groups, overrides: Sequence[str] = ()) -> Opening:
+    """Checks everything that can be checked before the model exists; all ranks call it. `overrides`: the settings of `plan` in which it may
+    differ from the run's."""
+    first_does(lambda: _check_data(plan), groups.world)
+    newest, passed = newest_shared(folder.checkpoints, groups)
+    start = None
+    if newest is None and plan.start.checkpoint is not None:  # a run that was begun needs it no more
+        start = open_shared(Path(plan.start.checkpoint), groups)
+    return first_does(lambda: _open(plan, folder, start, newest, passed, overrides), groups.world)
+
+
+def _check_data(plan: Plan) -> None:
+    """Bad data is told at once, and not behind the minutes that a large checkpoint's checksums take."""
+    open_data(plan)
+
+
+def _open(
+    plan: Plan,
+    folder: RunFolder,
+    start: tuple[Path, Record] | None,
+    newest: Path | None,
+    passed: dict[Path, str],
+    overrides: Sequence[str],
+) -> Opening:
+    """The first rank's part of it, with what verified."""
+    data, beginning = open_data(plan), [] if start is None else [_check_start(plan, *start)]
     notes = folder.adopt(plan, list(overrides), Progress() if newest is None else read_record(newest).progress)
     notes += [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
     notes += planned_epochs(plan, data.sources)
     folder.mark_finished(plan, Progress() if newest is None else read_record(newest).progress)
+    if (place := mirror_of(plan.checkpoints, folder.path)) is not None:
+        claim(place, folder.path)
     if newest is None:
+        remedy = f"`checkpoint repair {folder.path}` brings back what has copies; or move them away to start again"
         if passed:
-            raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; move them away to start again")
+            raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; {remedy}")
         if aside := sorted(path.name for path in folder.checkpoints.glob("damaged-*")):
-            raise ValueError(f"{folder.path} has no checkpoint but damaged ones ({', '.join(aside)}); move them away to start again")
-        if start[0] is not None:
-            keep(start[0], folder.path)
-        return Opening(checkpoint=start[0], record=start[1], resumed=False, notes=notes + start[2])
+            raise ValueError(f"{folder.path} has no checkpoint but damaged ones ({', '.join(aside)}); {remedy}")
+        checkpoint, record = start or (None, None)
+        if checkpoint is not None:
+            keep(checkpoint, folder.path)
+        return Opening(checkpoint=checkpoint, record=record, resumed=False, notes=notes + beginning)
     record = read_record(newest)
     check_architecture(record, plan.model, newest)
     _check_sources(record, data, newest)
@@ -115,12 +143,8 @@ def _check_sources(record: Record, data: RunData, checkpoint: Path) -> None:
         )
 
 
-def _start(plan: Plan) -> tuple[Path | None, Record | None, list[str]]:
-    """The checkpoint a fresh run begins from, checked against the plan."""
-    if plan.start.checkpoint is None:
-        return None, None, []
-    checkpoint = resolve(Path(plan.start.checkpoint))
-    record = verified_record(checkpoint)
+def _check_start(plan: Plan, checkpoint: Path, record: Record) -> str:
+    """Checks what a fresh run begins from against the plan; returns what to say of it."""
     check_architecture(record, plan.model, checkpoint)
     base = plan.stages[0].rope_base
     if base < record.rope_base:
@@ -132,7 +156,7 @@ def _start(plan: Plan) -> tuple[Path | None, Record | None, list[str]]:
         raise ValueError(f"start.optimizer is carry, but {checkpoint} holds weights only: set start.optimizer=fresh")
     note = f"beginning from {checkpoint} (step {record.progress.step}), optimizer {plan.start.optimizer}"
     raised = f"RoPE base {record.rope_base:g} -> {base:g}" if base > record.rope_base else f"RoPE base {base:g}"
-    return checkpoint, record, [f"{note}, {raised}"]
+    return f"{note}, {raised}"
 
 
 def restore(trainer: Trainer, opening: Opening, plan: Plan) -> None:

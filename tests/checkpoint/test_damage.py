@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from minimax_train.checkpoint.commit import begin
-from minimax_train.checkpoint.manifest import NAME, _body_digest, damage
+from minimax_train.checkpoint.manifest import NAME, NewerFormat, _body_digest, damage
 from minimax_train.checkpoint.shelf import checkpoints_in, newest_verified, prune
+from minimax_train.checkpoint.verify import damage_shared
 from minimax_train.cli import main
 from minimax_train.engine.session import Session
 from minimax_train.plan import Checkpoints
@@ -75,12 +76,19 @@ def test_every_kind_of_damage_is_named(run: Path, kind: str) -> None:
     assert says in passed[last]
 
 
-def test_a_newer_format_is_refused(run: Path) -> None:
+def test_a_newer_format_is_refused(run: Path, corpus: Path, alone: Session) -> None:
+    """It is no damage: nothing is set aside, and no step is made anew from an older one."""
     last = run / "checkpoints" / "step-00000009"
     manifest = json.loads((last / NAME).read_text())
     body = {"format": 99, "files": manifest["files"]}
     (last / NAME).write_text(json.dumps({**body, "sha256": _body_digest(body)}))
-    assert damage(last) == "manifest.json has format 99; this version reads 1"
+    before = sorted(run.rglob("*"))
+    for refused in (damage, lambda path: newest_verified(path.parent), lambda path: damage_shared(path, alone.groups)):
+        with pytest.raises(NewerFormat, match=r"step-00000009 has format 99; this version reads 1: use the version that wrote it"):
+            refused(last)
+    with pytest.raises(ValueError, match="has format 99"):
+        train(little_plan(corpus, checkpoints=Checkpoints(every_steps=1, keep=20)), run, alone)
+    assert sorted(run.rglob("*")) == before
 
 
 def test_a_folder_is_never_written_twice(run: Path) -> None:
@@ -92,7 +100,7 @@ def test_a_run_without_an_intact_checkpoint_does_not_begin_anew(run: Path, corpu
     for checkpoint in checkpoints_in(run / "checkpoints"):
         shard(checkpoint).unlink()
     before = sorted(p.name for p in (run / "checkpoints").iterdir())
-    with pytest.raises(ValueError, match=r"no checkpoint of .* verifies: .*step-00000009.*__0_0.distcp is missing.*; move them away"):
+    with pytest.raises(ValueError, match=r"no checkpoint of .* verifies: .*step-00000009.*__0_0.distcp is missing.*or move them away"):
         train(little_plan(corpus, checkpoints=Checkpoints(every_steps=1, keep=20)), run, alone)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
 
@@ -108,6 +116,13 @@ def test_pruning(run: Path) -> None:
     assert names(folder) == [4, 6, 7, 9]  # 4 has 1,024 tokens, 7 has 2,048, 9 has 3,072
     prune(folder, 1)
     assert names(folder) == [6, 9]
+
+
+def test_a_milestone_that_lost_something_does_not_stand_for_its_tokens(run: Path) -> None:
+    folder = run / "checkpoints"
+    shard(folder / "step-00000004").unlink()
+    prune(folder, 1, every_tokens=1000)
+    assert names(folder) == [4, 5, 6, 7, 9]
 
 
 def test_pruning_keeps_what_verifies(run: Path) -> None:
@@ -159,7 +174,7 @@ def test_repair_without_copies(run: Path, corpus: Path, alone: Session, capsys: 
     assert main(["checkpoint", "repair", str(run)]) == 1
     assert "is intact" in capsys.readouterr().err
     assert names(run / "checkpoints") == [] and len(list((run / "checkpoints").glob("damaged-*"))) == 9
-    with pytest.raises(ValueError, match="no checkpoint but damaged ones .*move them away to start again"):
+    with pytest.raises(ValueError, match="no checkpoint but damaged ones .*`checkpoint repair .*or move them away to start again"):
         train(little_plan(corpus, checkpoints=Checkpoints(every_steps=1, keep=20)), run, alone)  # never from the beginning
     assert main(["checkpoint", "repair", str(run), "--from", str(run)]) == 2
     assert "has no checkpoints" in capsys.readouterr().err

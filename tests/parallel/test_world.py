@@ -25,6 +25,9 @@ def test_launchers_are_recognised() -> None:
     assert find_place(TORCHRUN) == Place(rank=3, size=8, local_rank=1, address="n1:29500")
     assert find_place({**SRUN, "MASTER_ADDR": "n1"}) == Place(rank=3, size=4, local_rank=1, address="n1:30001")
     assert find_place({**SRUN, "SLURM_SRUN_COMM_HOST": "10.0.0.1"}) == Place(rank=3, size=4, local_rank=1, address="10.0.0.1:30001")
+    assert find_place({**SRUN, "MASTER_ADDR": "n1", "SLURMD_NODENAME": "gpu07"}) == Place(
+        rank=3, size=4, local_rank=1, address="n1:30001", node="gpu07"
+    )
 
 
 def test_a_batch_script_is_not_a_step_of_srun() -> None:

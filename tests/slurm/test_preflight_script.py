@@ -71,6 +71,23 @@ def test_the_queue_is_not_gone_round_for_ever(place: Path) -> None:
     assert sum(words[:2] == ["scontrol", "requeue"] for words in calls(place)) == 4
 
 
+def hang(run: Path, time: str, node: str) -> str:
+    return f"mkdir -p {run}/logs/hang-{time}; echo {node} > {run}/logs/hang-{time}/nodes; exit 70"
+
+
+def test_a_node_that_hangs_twice_is_excluded(place: Path) -> None:
+    """Once may be chance; and one that is excluded already is not named again."""
+    cluster, run = replace(SOUND, preflight=False), place.parent / "run"
+    assert run_once(place, cluster, STUB_TRAIN=hang(run, "1", "n2")).returncode == -9
+    assert run_once(place, cluster, STUB_TRAIN=hang(run, "2", "n1")).returncode == -9
+    assert not (run / "slurm" / "excluded").exists()
+    assert run_once(place, cluster, STUB_TRAIN=hang(run, "3", "n2")).returncode == 1
+    assert (run / "slurm" / "excluded").read_text().split() == ["n2"]
+    assert "ranks on n2 held the others up more than once" in events(place) and "bad nodes n2: job 99 takes its place" in events(place)
+    assert run_once(place, replace(cluster, most_stalled=9), STUB_TRAIN="exit 9").returncode == -9
+    assert (run / "slurm" / "excluded").read_text().split() == ["n2"]
+
+
 def test_bad_input_is_not_tried_again(place: Path) -> None:
     assert run_once(place, replace(SOUND, preflight=False), STUB_TRAIN="exit 2").returncode == 2
     assert "refused as bad input" in events(place) and not any(words[:2] == ["scontrol", "requeue"] for words in calls(place))

@@ -41,7 +41,7 @@ def hold_the_interpreter() -> None:
 
 def faulty(place: Place, plan: Plan, run: Path, fault: Callable[[], None] | None) -> int:
     """Trains; the culprit's third step begins with the fault."""
-    steps = 0
+    steps, place = 0, replace(place, node=f"n{place.rank}")
 
     def step(self: Trainer, *arguments: Any, **named: Any) -> Any:
         nonlocal steps
@@ -79,6 +79,7 @@ def test_the_rank_is_named(corpus: Path, tmp_path: Path, layout: Layout, fault: 
     assert (folder / "verdict.json").stat().st_mtime - float((run / "faulty-since").read_text()) < 5
     assert f"in {fault.__name__}\n" in (folder / f"rank-{CULPRIT}.txt").read_text()  # its stack, though it could not write it by itself
     assert "in step\n" in (folder / "rank-0.txt").read_text()
+    assert (folder / "nodes").read_text() == f"n{CULPRIT}\n"
 
 
 def healthy(place: Place, plan: Plan, run: Path) -> int:
