@@ -71,6 +71,14 @@ def test_the_queue_is_not_gone_round_for_ever(place: Path) -> None:
     assert sum(words[:2] == ["scontrol", "requeue"] for words in calls(place)) == 4
 
 
+def test_asked_to_stop_before_it_trains(place: Path) -> None:
+    """A shell dies of USR1 unless it is told otherwise, and a chain of a job that dies."""
+    cluster, text = replace(SOUND, preflight=True, collectives=False), "#!/bin/bash\nkill -USR1 $PPID; sleep 0.2\n"
+    (place / "srun").write_text(text + (place / "srun").read_text())
+    assert run_once(place, cluster).returncode == -9
+    assert "asked to stop before training began" in events(place) and not any("train" in words for words in calls(place))
+
+
 def hang(run: Path, time: str, node: str) -> str:
     return f"mkdir -p {run}/logs/hang-{time}; echo {node} > {run}/logs/hang-{time}/nodes; exit 70"
 
