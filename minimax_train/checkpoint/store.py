@@ -48,6 +48,17 @@ class Save:
         while self.failure(silent) is None and self.busy:
             time.sleep(LOOK)
 
+    def finish(self, silent: float = SILENT) -> None:
+        """Waits and commits. OSError on every rank, and nothing left of it, where any rank's part fails."""
+        self.wait(silent)
+        failure = self.failure(silent)
+        try:
+            raise_together(None if failure is None else OSError(f"rank {self._groups.rank}: {failure}"), self._groups.world)
+            self.commit()
+        except OSError as error:
+            self.abandon()
+            raise OSError(f"checkpoint {self.final} was not written: {error}") from error
+
     def commit(self) -> None:
         """Where every rank's part is written. OSError on every rank, and nothing left, where the disk refuses what is left to write."""
         parts = to_first(self._writer.part(), self._groups.world)
@@ -83,19 +94,7 @@ def _prepared(final: Path) -> Path:
 
 def save(final: Path, state: Sharded, record: Record, groups: Groups) -> None:
     """All ranks write `state`; it appears at `final` complete or not at all. OSError on every rank where any rank's part fails."""
-    finish(Save(final, state, record, groups))
-
-
-def finish(saving: Save, silent: float = SILENT) -> None:
-    """Waits for it. OSError on every rank, and nothing left of it, where any rank's part fails."""
-    saving.wait(silent)
-    failure, groups = saving.failure(silent), saving._groups
-    try:
-        raise_together(None if failure is None else OSError(f"rank {groups.rank}: {failure}"), groups.world)
-        saving.commit()
-    except OSError as error:
-        saving.abandon()
-        raise OSError(f"checkpoint {saving.final} was not written: {error}") from error
+    Save(final, state, record, groups).finish()
 
 
 def load_weights(decoder: nn.Module, checkpoint: Path, record: Record, groups: Groups) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minimax_train.checkpoint.record import Record
-from minimax_train.checkpoint.store import Save, finish
+from minimax_train.checkpoint.store import Save
 from minimax_train.engine.shard_writer import SILENT, Pinned
 from minimax_train.engine.state import Sharded
 from parallel.groups import Groups
@@ -83,7 +83,7 @@ class Saver:
     def _finish(self) -> None:
         assert self._saving is not None
         saving, self._saving = self._saving, None
-        finish(saving, self._silent)
+        saving.finish(self._silent)
         self._in_a_row = 0
         self._committed(saving.final)
 
