@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from data.sampler import Bookmark, Sampler
+from data.sampler import Sampler
 from minimax_train.checkpoint.mirror import Mirror, mirror_of
 from minimax_train.checkpoint.record import Progress, Record
 from minimax_train.checkpoint.shelf import folder_of, prune
-from minimax_train.engine.batch import Totals
 from minimax_train.engine.session import Session
 from minimax_train.engine.state import model_state, optimizer_state, optimizer_steps
 from minimax_train.engine.trainer import StepReport, Trainer
 from minimax_train.model.count import training_flops
 from minimax_train.plan import Plan, Stage
 from minimax_train.train.facts import facts
+from minimax_train.train.figures import data_figures, place_figures, speed_figures, step_figures, validation_figures
 from minimax_train.train.folder import RunFolder, owned
 from minimax_train.train.guard import Watch
-from minimax_train.train.metrics import Metrics, part_figures, routing_figures
+from minimax_train.train.metrics import Metrics
 from minimax_train.train.pause import Pause
 from minimax_train.train.peak import peak_of
 from minimax_train.train.profile import profiled
@@ -193,7 +193,7 @@ class _Run:
             losses=watch.losses,
             refused=watch.refused,
         )
-        figures = {"lr": rate, "batch_tokens": size, **self._data_figures(size, before, after)}
+        figures = {"lr": rate, "batch_tokens": size, **data_figures(size, before, after, self.data)}
         if report.refusal is not None:  # with where its rows came from: to look at, or to leave out
             rows_of = {name: asdict(bookmark) for name, bookmark in before.items()}
             figures["refused"] = {"reason": report.refusal, "ranks": report.blamed, "rows": rows_of}
@@ -223,16 +223,6 @@ class _Run:
                 f"rank {rank} ran out of memory in step {step} (stage {stage.name}, {stage.length:,} tokens a row): layout.context, "
                 f"layout.tensor or stages.N.recompute=full takes less; `plan RECIPE --gpus N` says how much. torch: {free}"
             ) from error
-
-    def _data_figures(self, size: int, before: dict[str, Bookmark], after: dict[str, Bookmark]) -> dict[str, Any]:
-        """What the step's rows held of documents, and what the run has taken of each source so far."""
-        pairs = [(before[name], after[name]) for name in after]
-        return {
-            "packing_efficiency": sum(b.tokens - a.tokens for a, b in pairs) / size,
-            "split_documents": sum(b.split - a.split for a, b in pairs),
-            "sources": {name: bookmark.tokens for name, bookmark in after.items()},
-            "epochs": {name: bookmark.tokens / self.data.sources[name].token_count for name, bookmark in after.items()},
-        }
 
     def _look_around(self, stage: Stage) -> None:
         """Commits the save in flight where every rank's part is written. Saves and stops where any rank was asked to: ranks hear of it at
@@ -336,7 +326,7 @@ class _Run:
             result = score(self.trainer, self.held_out[stage.length])
         if self.metrics is not None:
             asked = self._critical_batch(stage, result.loss)
-            self.metrics.write(self._where(stage) | _validation_figures(result) | asked, advance=False)
+            self.metrics.write(place_figures(self.progress, stage) | validation_figures(result) | asked, advance=False)
 
     def _critical_batch(self, stage: Stage, loss: float) -> dict[str, float]:
         """What the plan's rule says of the batch at this validation loss; a note where the batch is less than half of it."""
@@ -351,42 +341,10 @@ class _Run:
             )
         return {"critical_batch_tokens": asked}
 
-    def _where(self, stage: Stage) -> dict[str, Any]:
-        """The figures every line has."""
-        return {
-            "step": self.progress.step,
-            "stage": stage.name,
-            "tokens": self.progress.tokens,
-            "length": stage.length,
-            "rope_base": stage.rope_base,
-        }
-
-    def _write_step(self, stage: Stage, report: StepReport, size: int, seconds: float, data: dict[str, Any]) -> None:
+    def _write_step(self, stage: Stage, report: StepReport, size: int, seconds: float, more: dict[str, Any]) -> None:
         if self.metrics is not None:
             flops = training_flops(self.plan.model, tokens=size, squares=report.squares)
-            figures = {
-                "loss": report.loss,
-                "auxiliary_loss": report.auxiliary_loss,
-                "context_imbalance": report.imbalance,
-                "grad_norm": report.grad_norm,
-                "grad_norms": report.grad_norms,
-                **part_figures(report, list(self.data.sources)),
-                "tokens_per_second": size / seconds,
-                "mfu": None if self.peak.flops is None else flops / seconds / self.peak.flops,
-                "step_seconds": seconds,
-                **data,
-                **routing_figures(report.routing),
-            }
-            self.metrics.write(self._where(stage) | figures)
+            figures = step_figures(report, list(self.data.sources)) | speed_figures(size, seconds, flops, self.peak.flops) | more
+            self.metrics.write(place_figures(self.progress, stage) | figures)
         if report.refusal is not None and self.metrics is not None:
             self.metrics.say(f"step {self.progress.step} was not applied: {'; '.join([report.refusal, *report.blamed])}")
-
-
-def _validation_figures(result: Totals) -> dict[str, Any]:
-    lengths = {name: part.loss for name, part in result.by_length.items() if part.loss is not None}
-    return {
-        "validation_loss": result.loss,
-        "validation_tokens": result.predicted_tokens,
-        "length_loss": lengths,
-        "expert_load": result.routing.share,
-    }

@@ -3,17 +3,13 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any, TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from minimax_train.checkpoint.commit import replace_text
-from minimax_train.engine.batch import Totals
-from minimax_train.engine.routing_report import RoutingReport
 from minimax_train.train.folder import RunFolder
 
 SHOWN = {"loss": "loss", "validation_loss": "validation", "lr": "lr", "grad_norm": "grad", "tokens_per_second": "tok/s"}
@@ -25,32 +21,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
-
-
-def routing_figures(routing: RoutingReport) -> dict[str, Any]:
-    """The routers' figures of a step: scalars over all layers, and under `router` a list over the layers of each."""
-    layers = {
-        "entropy": routing.entropy,
-        "load_entropy": routing.load_entropy,
-        "load_max": routing.largest_load,
-        "dropped": routing.dropped,
-    }
-    return {
-        "expert_load_max": max(routing.largest_load),
-        "router_entropy": fmean(routing.entropy),
-        "dropped_fraction": fmean(routing.dropped),
-        "router": {name: [round(value, 5) for value in values] for name, values in layers.items()},
-    }
-
-
-def part_figures(batch: Totals, sources: Sequence[str]) -> dict[str, Any]:
-    """Loss and gradient by source and by length of document; what a batch has nothing of is left out."""
-    parts = {"source": dict(zip(sources, batch.by_source, strict=True)), "length": batch.by_length}
-    return {
-        f"{kind}_{figure}": {name: value for name, part in named.items() if (value := getattr(part, figure)) is not None}
-        for kind, named in parts.items()
-        for figure in ("loss", "gradient")
-    }
 
 
 class Metrics:

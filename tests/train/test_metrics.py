@@ -10,8 +10,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minimax_train.engine.routing_report import RoutingReport
+from minimax_train.train.figures import routing_figures
 from minimax_train.train.folder import RunFolder
-from minimax_train.train.metrics import Metrics, routing_figures
+from minimax_train.train.metrics import Metrics
 
 SUMS = torch.tensor([[10, 10, 10, 10, 40, 20 * math.log(4)], [40, 0, 0, 0, 10, 0.0]], dtype=torch.float64)
 """Two layers of four experts, 20 tokens that choose two: one in balance that knows nothing, one all on one expert with room for ten."""
