@@ -360,7 +360,7 @@ def _train(a: argparse.Namespace) -> int:
         return _train_rank(place, plan, a)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # local ranks meet on the loopback, whatever the host is called
     for left in range(a.restarts, -1, -1):
-        status = run_local(_as_local, ranks, a.traceback, _train_rank, plan, a)
+        status = run_local(_as_local, ranks, a.traceback, _train_rank, plan, a, preload=["minimax_train.train.loop"])
         if status in (0, 2) or left == 0:
             break
         print(f"minimax-train: a rank ended with status {status}: starting again ({left - 1} left)", file=sys.stderr, flush=True)
@@ -686,7 +686,9 @@ def _needle(a: argparse.Namespace) -> int:
     if place is not None:
         return _needle_rank(place, layout, device, asked, a, final, name)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return run_local(_as_local, ranks, a.traceback, _needle_rank, layout, device, asked, a, final, name)
+    return run_local(
+        _as_local, ranks, a.traceback, _needle_rank, layout, device, asked, a, final, name, preload=["minimax_train.evaluate.needle_run"]
+    )
 
 
 def _needle_rank(place: Any, layout: Any, device: Any, asked: Any, a: argparse.Namespace, final: Path | None, name: str) -> int:

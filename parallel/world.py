@@ -2,12 +2,15 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
@@ -100,22 +103,36 @@ def joined(place: Place, backend: str, store: dist.Store, *, name: str = "world"
         dist.destroy_process_group()
 
 
+def _die_with_launcher() -> None:
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+    connection.wait([launcher.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _start(local_rank: int, main: Callable[..., int], size: int, port: int, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_die_with_launcher, daemon=True).start()  # the server that forked this rank lives on
     status = main(Place(rank=local_rank, size=size, local_rank=local_rank, address=f"127.0.0.1:{port}", hosted=True), *arguments)
     if status:
         raise SystemExit(status)
 
 
-def run_local(main: Callable[..., int], size: int, *arguments: Any) -> int:
+def run_local(main: Callable[..., int], size: int, *arguments: Any, preload: Sequence[str] = ()) -> int:
     """Runs main(place, *arguments) -> exit status on `size` local processes and returns the first failure's status, or 0.
 
     `main` and its arguments must pickle. When a rank fails the others are stopped; they also stop when this process dies. SIGUSR1 is passed
     on to every rank.
+
+    Without a GPU the ranks are forked from one process that has `preload` (names of modules), which loads them once and not `size` times; a
+    process in which CUDA was touched must not be forked, so with a GPU each rank starts anew.
     """
     if size == 1:
         return main(Place(), *arguments)
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    if method == "forkserver":
+        multiprocessing.set_forkserver_preload(list(preload))
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = multiprocessing.start_processes(_start, (main, size, store.port, arguments), nprocs=size, join=False, start_method="spawn")
+    ranks = multiprocessing.start_processes(_start, (main, size, store.port, arguments), nprocs=size, join=False, start_method=method)
 
     def pass_on(number: int, _: object) -> None:
         for pid in ranks.pids():

@@ -18,9 +18,9 @@ class CpuForCuda(TorchFunctionMode):
     """Answers requests for CUDA with the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs["device"] = torch.device("cpu")
+        kwargs = kwargs or {}
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.record_stream:

@@ -57,19 +57,23 @@ def test_marks_follow_the_plan(corpus: Path, tmp_path: Path) -> None:
     assert [path.name for path in (run / "finished").iterdir()] == ["64"]
 
 
-def test_no_process_outlives_a_killed_run(corpus: Path, tmp_path: Path) -> None:
-    """Killed without warning right behind a save: writers and helpers of the save are gone too."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_process_outlives_a_killed_run(corpus: Path, tmp_path: Path, ranks: int) -> None:
+    """Killed without warning right behind a save: ranks, writers and helpers of the save are gone too."""
     recipe, run = tmp_path / "little.yaml", tmp_path / "run"
     recipe.write_text(as_yaml(little_plan(corpus)))
-    command = [sys.executable, "-m", "minimax_train.cli", "train", str(recipe), "--to", str(run)]
+    command = [sys.executable, "-m", "minimax_train.cli", "train", str(recipe), "--to", str(run), "--ranks", str(ranks)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "KILLED_RUN": str(run)})
     while not (run / "checkpoints" / "step-00000004").exists():
         assert process.poll() is None
         time.sleep(0.005)
     process.kill()
     process.wait()
-    time.sleep(1.0)
-    assert [p.cmdline() for p in psutil.process_iter() if belongs(p, str(run))] == []
+    end = time.monotonic() + 5.0
+    while (left := [p.cmdline() for p in psutil.process_iter() if belongs(p, str(run))]) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert left == []
+    assert not (run / "finished" / "256").exists()
 
 
 def belongs(process: psutil.Process, run: str) -> bool:

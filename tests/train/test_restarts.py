@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from minimax_train.plan import Checkpoints
@@ -32,10 +33,11 @@ def begin(recipe: Path, run: Path, launcher: str) -> subprocess.Popen[bytes]:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Its children that train."""
-    children = [pid for task in Path(f"/proc/{launcher}/task").iterdir() for pid in (task / "children").read_text().split()]
-    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
-    return [pid for pid, command in commands.items() if b"spawn_main" in command or b"minimax_train.cli" in command]
+    """torchrun's children; ours are forked by a server."""
+    children = psutil.Process(launcher).children()
+    servers = [child for child in children if "multiprocessing.forkserver" in str(child.cmdline())]
+    ranks = servers[0].children() if servers else [child for child in children if "minimax_train.cli" in str(child.cmdline())]
+    return sorted(rank.pid for rank in ranks)
 
 
 @pytest.mark.parametrize(
