@@ -1,5 +1,7 @@
 """Fixtures that several rooms' tests share."""
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +23,16 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the processes that tests start: several r
 def one_thread() -> None:
     """Sums in one order, whatever the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_is_no_garbage() -> Iterator[None]:
+    """Every session of ranks ends by collecting garbage, and looks at all that was ever imported: half a second each."""
+    importlib.import_module("minimax_train.train.loop")
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

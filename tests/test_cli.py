@@ -22,6 +22,15 @@ def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)  # type: ignore[call-overload, no-any-return]
 
 
+def does(*arguments: object) -> tuple[str, str]:
+    """What a verb that succeeds prints and says. In this process, as `refused`."""
+    out, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        status = main([str(argument) for argument in arguments])
+    assert status == 0, error.getvalue()
+    return out.getvalue(), error.getvalue()
+
+
 def refused(*arguments: object, says: tuple[str, ...]) -> None:
     """Exit status 2, and one line that says all of `says`. In this process: starting one costs four seconds each time."""
     error = io.StringIO()
@@ -164,13 +173,10 @@ def test_a_folder_that_is_no_run(recipe: Path, tmp_path: Path) -> None:
 def test_start_from_converted_weights(recipe: Path, corpus: Path, tmp_path: Path) -> None:
     """Train, export, import, begin from it: fresh works, carry is refused, another architecture and a lower RoPE base too."""
     first = tmp_path / "first"
-    assert run("train", recipe, "--to", first, "--set", "steps=2").returncode == 0
-    exported = run(
-        "convert", "to-hf", first, "--to", tmp_path / "hf", "--format", "minimax", "--tokenizer", corpus / "train.tokenizer.json"
-    )
-    assert exported.returncode == 0, exported.stderr
+    does("train", recipe, "--to", first, "--set", "steps=2")
+    does("convert", "to-hf", first, "--to", tmp_path / "hf", "--format", "minimax", "--tokenizer", corpus / "train.tokenizer.json")
     assert (tmp_path / "hf" / "tokenizer.json").exists()
-    assert run("convert", "from-hf", tmp_path / "hf", "--to", tmp_path / "ckpt").returncode == 0
+    does("convert", "from-hf", tmp_path / "hf", "--to", tmp_path / "ckpt")
     start = f"start.checkpoint={tmp_path / 'ckpt'}"
     other = tmp_path / "other"
     refused("train", recipe, "--to", other, "--set", start, "--set", "start.optimizer=carry", says=("weights only", "fresh"))
@@ -179,43 +185,40 @@ def test_start_from_converted_weights(recipe: Path, corpus: Path, tmp_path: Path
     refused("train", recipe, "--to", other, "--set", start, "--set", "stages.0.rope_base=500", says=("RoPE base 10000", "500"))
     refused("train", recipe, "--to", other, "--set", f"start.checkpoint={tmp_path / 'nothing'}", says=("nothing", "no such folder"))
     assert not other.exists()
-    begun = run("train", recipe, "--to", other, "--set", start, "--set", "steps=1")
-    assert begun.returncode == 0, begun.stderr
-    assert "beginning from" in begun.stderr
-    assert run("convert", "to-hf", other, "--to", tmp_path / "hf again").returncode == 0  # the tokenizer travels by itself
+    _, said = does("train", recipe, "--to", other, "--set", start, "--set", "steps=1")
+    assert "beginning from" in said
+    does("convert", "to-hf", other, "--to", tmp_path / "hf again")  # the tokenizer travels by itself
     tokenizers = [(folder / "tokenizer.json").read_bytes() for folder in (tmp_path / "hf", tmp_path / "hf again")]
     assert tokenizers[0] == tokenizers[1]
     validation = [json.loads(line) for folder in (first, other) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     ends = [line["validation_loss"] for line in validation if "validation_loss" in line]
     assert ends[1] == ends[2], "the first score of the new run is the last of the old: the same weights"
-    carried = run("train", recipe, "--to", tmp_path / "carried", "--set", f"start.checkpoint={first}", "--set", "start.optimizer=carry")
-    assert carried.returncode == 0, carried.stderr
+    does("train", recipe, "--to", tmp_path / "carried", "--set", f"start.checkpoint={first}", "--set", "start.optimizer=carry")
 
 
 def test_full_disk(recipe: Path, tmp_path: Path) -> None:
     """No room for a checkpoint: exit 1, one line, the committed ones intact, nothing half-written, and it goes on when there is room."""
     folder = tmp_path / "run"
-    assert run("train", recipe, "--to", folder, "--set", "steps=2").returncode == 0
+    does("train", recipe, "--to", folder, "--set", "steps=2")
 
     def no_large_files() -> None:  # writing beyond 64 KiB of one file fails as a full disk does
         resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, 65_536))
 
-    done = run("train", recipe, "--to", folder, "--set", "steps=4", preexec_fn=no_large_files)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("minimax-train: error: ")]
-    assert done.returncode == 1, done.stderr
+    full = run("train", recipe, "--to", folder, "--set", "steps=4", preexec_fn=no_large_files)
+    lines = [line for line in full.stderr.splitlines() if line.startswith("minimax-train: error: ")]
+    assert full.returncode == 1, full.stderr
     assert len(lines) == 1
     assert "step-00000004 was not written" in lines[0]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-00000002"]
-    assert run("checkpoint", "verify", folder).returncode == 0
-    assert run("train", recipe, "--to", folder, "--set", "steps=4").returncode == 0
+    does("checkpoint", "verify", folder)
+    does("train", recipe, "--to", folder, "--set", "steps=4")
 
 
 def test_logits_of_the_fixture(tmp_path: Path) -> None:
     """The released format and the original code's logits: within 2e-6 (a plain forward reaches 4e-7)."""
-    assert run("convert", "from-hf", FIXTURE, "--to", tmp_path / "ckpt").returncode == 0
+    does("convert", "from-hf", FIXTURE, "--to", tmp_path / "ckpt")
     expected = load_file(FIXTURE / "expected.safetensors")
-    done = run("logits", tmp_path / "ckpt", "--input-ids", FIXTURE / "expected.safetensors", "--to", tmp_path / "out.safetensors")
-    assert done.returncode == 0, done.stderr
+    does("logits", tmp_path / "ckpt", "--input-ids", FIXTURE / "expected.safetensors", "--to", tmp_path / "out.safetensors")
     ours, theirs = load_file(tmp_path / "out.safetensors")["logits"], expected["logits"]
     assert ours.shape == theirs.shape
     assert ((ours - theirs).norm() / theirs.norm()).item() < 2e-6

@@ -50,7 +50,11 @@ def test_two_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) ->
 
 @pytest.mark.parametrize(
     "layout",
-    [Layout(context=4), Layout(context=4, exchange="pruned", owners="balanced"), Layout(context=4, key_value=2)],
+    [
+        Layout(context=4),
+        Layout(context=4, exchange="pruned", owners="balanced"),
+        pytest.param(Layout(context=4, key_value=2), marks=pytest.mark.slow),
+    ],
     ids=["auto", "pruned balanced", "two levels"],
 )
 def test_four_ranks_equal_one(corpus: Path, one_rank: Outcome, layout: Layout) -> None:

@@ -40,8 +40,8 @@ def one_rank(corpus: Path) -> Outcome:
 @pytest.mark.parametrize(
     ("ranks", "layout"),
     [
-        (2, Layout(context=2)),
-        (2, Layout(tensor=2)),
+        pytest.param(2, Layout(context=2), marks=pytest.mark.slow),
+        pytest.param(2, Layout(tensor=2), marks=pytest.mark.slow),
         (4, Layout(context=2, tensor=2, owners="balanced")),
         (4, Layout(pipeline=2, context=2)),
         (4, Layout(tensor=2, expert=2, expert_tensor=2, token_groups=2)),
@@ -193,7 +193,9 @@ def step_of_units(place: Place, corpus: Path, layout: Layout, together: bool) ->
 
 
 @pytest.mark.parametrize(
-    ("ranks", "layout"), [(2, Layout()), (4, Layout(context=2)), (4, Layout(tensor=2)), (4, Layout(pipeline=2))], ids=str
+    ("ranks", "layout"),
+    [(2, Layout()), (4, Layout(context=2)), pytest.param(4, Layout(tensor=2), marks=pytest.mark.slow), (4, Layout(pipeline=2))],
+    ids=str,
 )
 def test_a_unit_over_data_ranks_equals_one_row_of_its_rows(corpus: Path, ranks: int, layout: Layout) -> None:
     one, report = run_ranks(1, step_of_units, corpus, Layout(), True)[0]

@@ -206,10 +206,10 @@ PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def machine(folder: Path, **changes: object) -> Path:
-    """A cluster's file: two nodes with two ranks each, all on this machine."""
+    """A cluster's file: two nodes with a rank each, all on this machine."""
     fields: dict[str, object] = {
         "nodes": 2,
-        "ranks_per_node": 2,
+        "ranks_per_node": 1,
         "time_limit": "10",
         "signal_seconds": 60,
         "free_gib": 0,

@@ -26,13 +26,14 @@ def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same plan on four local ranks."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [sys.executable, "-m", "minimax_train.cli", "train", str(recipe), "--to", str(folder), "--ranks", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HOME)
-    assert done.returncode == 0, done.stderr
-    return folder
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same plan on as many local ranks."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for ranks in (2, 4):
+        command = [sys.executable, "-m", "minimax_train.cli", "train", str(recipe), "--to", str(folder / str(ranks)), "--ranks", str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=HOME)
+        assert done.returncode == 0, done.stderr
+    return {ranks: folder / str(ranks) for ranks in (2, 4)}
 
 
 def submit(slurm: Slurm, recipe: Path, run: Path, cluster: Path, *more: str) -> list[int]:
@@ -51,21 +52,21 @@ def log(run: Path) -> str:
     return "\n".join(path.read_text()[-3000:] for path in sorted((run / "slurm" / "logs").glob("*"))) + events(run)
 
 
-def test_a_chain_runs_to_the_end(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_chain_runs_to_the_end(slurm: Slurm, recipe: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
     """Two stages, two jobs, on two nodes with two ranks each: the figures of four local ranks. Edits behind it are not seen."""
     run = tmp_path / "run"
-    first, second = submit(slurm, recipe, run, machine(tmp_path, collectives=True))
+    first, second = submit(slurm, recipe, run, machine(tmp_path, ranks_per_node=2, collectives=True))
     assert slurm.job(second)["Dependency"].startswith(f"afterok:{first}")
     assert slurm.ended(first) == "COMPLETED", log(run)
     assert slurm.ended(second) == "COMPLETED", log(run)
-    assert figures(run) == figures(undisturbed)
+    assert figures(run) == figures(undisturbed[4])
     assert events(run).count("is finished") == 2 and events(run).count("all ranks heard each other; all-reduce of 8,388,608 bytes") == 2
     status = [sys.executable, "-m", "minimax_train.cli", "status", str(run), "--json"]
     said = json.loads(subprocess.run(status, capture_output=True, text=True, env=slurm.environment, timeout=60, check=True).stdout)
     assert said["finished"] and [(job["stage"], job["state"]) for job in said["jobs"]] == [("64", "ended"), ("256", "ended")]
 
 
-def test_asked_to_stop_it_goes_back_into_the_queue(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_it_goes_back_into_the_queue(slurm: Slurm, recipe: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
     """USR1, as Slurm sends it before the time limit: saved, requeued, gone on, bit for bit."""
     run = tmp_path / "run"
     first, second = submit(slurm, recipe, run, machine(tmp_path, preflight=False))
@@ -75,7 +76,7 @@ def test_asked_to_stop_it_goes_back_into_the_queue(slurm: Slurm, recipe: Path, u
     assert slurm.ended(second, 200) == "COMPLETED", log(run)
     assert "asking the run to save" in events(run) and "stopped as asked" in events(run)
     assert slurm.job(first)["Restarts"] == "1"
-    assert figures(run) == figures(undisturbed)
+    assert figures(run) == figures(undisturbed[2])
 
 
 def test_a_broken_stage_stops_the_chain(slurm: Slurm, recipe: Path, tmp_path: Path) -> None:
@@ -87,7 +88,7 @@ def test_a_broken_stage_stops_the_chain(slurm: Slurm, recipe: Path, tmp_path: Pa
     assert slurm.job(first)["Restarts"] == "1"
 
 
-def test_preflight_sends_it_elsewhere(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_preflight_sends_it_elsewhere(slurm: Slurm, recipe: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
     """A node whose interpreter is broken: another job takes the place, without that node, and the chain waits for that one."""
     run = tmp_path / "run"
     python = tmp_path / "python"
@@ -100,11 +101,11 @@ def test_preflight_sends_it_elsewhere(slurm: Slurm, recipe: Path, undisturbed: P
     assert slurm.job(instead["job"])["JobState"] == "COMPLETED" and "n1" not in slurm.job(instead["job"])["NodeList"]
     assert (run / "slurm" / "excluded").read_text().split() == ["n1"]
     assert "preflight: n1: no answer" in events(run)
-    assert figures(run) == figures(undisturbed)
+    assert figures(run) == figures(undisturbed[2])
 
 
 @pytest.mark.slow
-def test_a_node_whose_ranks_hang(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_node_whose_ranks_hang(slurm: Slurm, recipe: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
     """Its ranks stop when they should talk to the others: found by themselves, excluded; the run is trained elsewhere."""
     run = tmp_path / "run"
     python = tmp_path / "python"
@@ -114,10 +115,10 @@ def test_a_node_whose_ranks_hang(slurm: Slurm, recipe: Path, undisturbed: Path, 
     assert slurm.ended(second, 350) == "COMPLETED", log(run)
     assert slurm.job(first)["JobState"] == "FAILED" and (run / "slurm" / "excluded").read_text().split() == ["n2"]
     assert "nothing came within 25 s" in events(run)
-    assert figures(run) == figures(undisturbed)
+    assert figures(run) == figures(undisturbed[2])
 
 
-def test_a_node_that_dies(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_node_that_dies(slurm: Slurm, recipe: Path, undisturbed: dict[int, Path], tmp_path: Path) -> None:
     """kill -9 of a node's daemon and everything on it: requeued on other nodes, the same figures."""
     run = tmp_path / "run"
     first, second = submit(slurm, recipe, run, machine(tmp_path, preflight=False))
@@ -129,7 +130,7 @@ def test_a_node_that_dies(slurm: Slurm, recipe: Path, undisturbed: Path, tmp_pat
     slurm.kill_node(victim)
     try:
         assert slurm.ended(second, 250) == "COMPLETED", log(run)
-        assert figures(run) == figures(undisturbed)
+        assert figures(run) == figures(undisturbed[2])
     finally:
         slurm.start_node(victim)
         slurm.until(lambda: slurm.run("sinfo", "-h", "-n", victim, "-o", "%t") == "idle", f"{victim} back")

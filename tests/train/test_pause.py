@@ -11,13 +11,14 @@ import psutil
 import pytest
 
 from minimax_train.checkpoint.record import read_record
+from minimax_train.cli import main
 from minimax_train.recipe import as_yaml
 from minimax_train.train.folder import RunFolder
 from tests.support import little_plan
 from tests.train.test_resume import figures
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stopped_and_gone_on(corpus: Path, tmp_path: Path, ranks: int) -> None:
     recipe = tmp_path / "little.yaml"
     recipe.write_text(as_yaml(little_plan(corpus)))
@@ -46,8 +47,7 @@ def test_marks_follow_the_plan(corpus: Path, tmp_path: Path) -> None:
     recipe.write_text(as_yaml(little_plan(corpus)))
 
     def train(steps: int) -> int:
-        command = [sys.executable, "-m", "minimax_train.cli", "train", str(recipe), "--to", str(run), "--set", f"steps={steps}"]
-        return subprocess.run(command, capture_output=True, timeout=200).returncode
+        return main(["train", str(recipe), "--to", str(run), "--set", f"steps={steps}"])
 
     assert train(2) == 0
     assert sorted(path.name for path in (run / "finished").iterdir()) == ["256", "64"]

@@ -40,6 +40,20 @@ def ranks_of(launcher: int) -> list[int]:
     return sorted(rank.pid for rank in ranks)
 
 
+@pytest.fixture(scope="module")
+def recipe(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "little.yaml"
+    path.write_text(as_yaml(little_plan(corpus, checkpoints=Checkpoints(every_steps=2, keep=2))))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    subprocess.run([sys.executable, *CLI, str(recipe), "--to", str(run), "--ranks", "2"], capture_output=True, check=True, timeout=200)
+    return run
+
+
 @pytest.mark.parametrize(
     ("launcher", "number"),
     [
@@ -50,10 +64,8 @@ def ranks_of(launcher: int) -> list[int]:
     ],
     ids=["stopped, local", "killed, torchrun", "killed, local", "stopped, torchrun"],
 )
-def test_it_goes_on(corpus: Path, tmp_path: Path, launcher: str, number: int) -> None:
-    recipe = tmp_path / "little.yaml"
-    recipe.write_text(as_yaml(little_plan(corpus, checkpoints=Checkpoints(every_steps=2, keep=2))))
-    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+def test_it_goes_on(recipe: Path, undisturbed: Path, tmp_path: Path, launcher: str, number: int) -> None:
+    run = tmp_path / "run"
     process = begin(recipe, run, launcher)
     while len(losses(run)) < 4:
         assert process.poll() is None, process.communicate()[1].decode()
@@ -61,9 +73,6 @@ def test_it_goes_on(corpus: Path, tmp_path: Path, launcher: str, number: int) ->
     os.kill(ranks_of(process.pid)[-1], number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said.decode()
-    assert (
-        subprocess.run([sys.executable, *CLI, str(recipe), "--to", str(undisturbed), "--ranks", "2"], capture_output=True).returncode == 0
-    )
     assert losses(run) == losses(undisturbed)
     assert len(losses(run)) == 9
     if launcher == "local":

@@ -59,7 +59,7 @@ def losses(run: Path) -> list[object]:
     return [line["loss"] for line in lines(run)]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_it_goes_back_and_leaves_the_rows_out(
     corpus: Path, alone: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
