@@ -104,12 +104,12 @@ def _open(
 ) -> Opening:
     """The first rank's part of it, with what verified."""
     data, beginning = open_data(plan), [] if start is None else [_check_start(plan, *start)]
+    if (place := mirror_of(plan.checkpoints, folder.path)) is not None:
+        claim(place, folder.path)
     notes = folder.adopt(plan, list(overrides), Progress() if newest is None else read_record(newest).progress)
     notes += [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
     notes += planned_epochs(plan, data.sources)
     folder.mark_finished(plan, Progress() if newest is None else read_record(newest).progress)
-    if (place := mirror_of(plan.checkpoints, folder.path)) is not None:
-        claim(place, folder.path)
     if newest is None:
         remedy = f"`checkpoint repair {folder.path}` brings back what has copies; or move them away to start again"
         if passed:

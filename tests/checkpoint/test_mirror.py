@@ -46,6 +46,7 @@ def test_a_run_is_copied_and_repaired(corpus: Path, alone: Session, tmp_path: Pa
     other = tmp_path / "elsewhere" / "run"
     with pytest.raises(ValueError, match=f"{theirs} has copies of another run's checkpoints, {run}: choose another one"):
         train(plan, other, alone)
+    assert not other.exists()
     assert {path.name: files(path) for path in checkpoints_in(theirs)} == copied
 
 
