@@ -76,7 +76,7 @@ def convert_job(a: Namespace, words: Sequence[str], cluster: Cluster, action: st
 
 def evaluate_job(a: Namespace, words: Sequence[str], cluster: Cluster, action: str) -> Submission:
     """Needles on the run's nodes, a rank for every GPU; loss by position on one rank."""
-    from minimax_train.checkpoint.shelf import checkpoints_in, resolve
+    from minimax_train.checkpoint.shelf import checkpoints_in, looks_whole, resolve
     from minimax_train.evaluate.tokenizer import run_of
     from minimax_train.train.folder import RunFolder
 
@@ -96,7 +96,7 @@ def evaluate_job(a: Namespace, words: Sequence[str], cluster: Cluster, action: s
     found = run_of(a.checkpoint)
     if found is None and a.to is None:
         raise ValueError(f"{a.checkpoint} is no run's checkpoint: say --to FOLDER for needle.json, or nothing would be written")
-    checkpoint = resolve(a.checkpoint)
+    checkpoint = resolve(a.checkpoint, looks_whole)
     if not (checkpoint / "checkpoint.json").is_file():
         raise ValueError(f"{a.checkpoint} is neither a run with checkpoints nor a checkpoint")
     if a.to is not None:
@@ -137,7 +137,7 @@ def _check_from_hf(a: Namespace) -> None:
 
 def _check_to_hf(a: Namespace) -> None:
     from minimax_train.checkpoint.record import read_record
-    from minimax_train.checkpoint.shelf import resolve
+    from minimax_train.checkpoint.shelf import looks_whole, resolve
     from minimax_train.convert.work import refuse_existing
 
     refuse_existing(a.to)
@@ -145,17 +145,17 @@ def _check_to_hf(a: Namespace) -> None:
         raise ValueError(f"--tokenizer {a.tokenizer}: no such file")
     if a.shard_mb < 1:
         raise ValueError(f"--shard-mb is {a.shard_mb}; it must be at least 1")
-    checkpoint = resolve(a.checkpoint)
+    checkpoint = resolve(a.checkpoint, looks_whole)
     if not (checkpoint / "checkpoint.json").is_file():
         raise ValueError(f"{a.checkpoint} is neither a run with checkpoints nor a checkpoint")
     read_record(checkpoint)
 
 
 def _check_verify(a: Namespace) -> None:
-    from minimax_train.checkpoint.shelf import resolve
+    from minimax_train.checkpoint.shelf import looks_whole, resolve
     from minimax_train.convert.source import open_source
     from minimax_train.convert.stored import StoredModel
 
     open_source(a.folder)
     if a.against is not None:
-        StoredModel.open(resolve(a.against))
+        StoredModel.open(resolve(a.against, looks_whole))

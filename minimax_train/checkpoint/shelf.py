@@ -68,11 +68,17 @@ def none_verifies(run: Path, passed: dict[Path, str]) -> ValueError:
     return ValueError(f"run {run} has no checkpoint that verifies{': ' + describe(passed) if passed else ''}")
 
 
-def resolve(path: Path) -> Path:
-    """A checkpoint from what a user names: the folder itself, or a run, whose newest verified checkpoint is taken."""
+def looks_whole(checkpoint: Path) -> str | None:
+    """As `damage`, from the manifest and the files' sizes alone: for who must answer at once, however large it is."""
+    return damage(checkpoint, contents=False)
+
+
+def resolve(path: Path, check: Callable[[Path], str | None] = damage) -> Path:
+    """A checkpoint from what a user names: the folder itself, or a run, whose newest checkpoint with which `check` finds nothing wrong is
+    taken."""
     if not (path / "checkpoints").is_dir():
         return path
-    newest, passed = newest_verified(path / "checkpoints")
+    newest, passed = newest_verified(path / "checkpoints", check)
     if newest is None:
         raise none_verifies(path, passed)
     return newest
@@ -99,7 +105,7 @@ def prune(
     removed = []
     for checkpoint in present:
         try:
-            record, lacking = read_record(checkpoint), damage(checkpoint, contents=False)
+            record, lacking = read_record(checkpoint), looks_whole(checkpoint)
         except (OSError, ValueError):
             milestones.add(checkpoint)  # not ours to judge: `checkpoint list` shows it
             continue

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from minimax_train.checkpoint.manifest import damage
-from minimax_train.checkpoint.shelf import describe, newest_verified
+from minimax_train.checkpoint.shelf import describe, looks_whole, newest_verified
 from minimax_train.train.folder import RunFolder
 from minimax_train.train.metrics import read_metrics
 
@@ -16,7 +15,7 @@ def run_status(run: Path) -> dict[str, Any]:
     lines = read_metrics(folder.metrics)
     steps = [line for line in lines if "loss" in line]
     scored = [line for line in lines if "validation_loss" in line]
-    newest, passed = newest_verified(folder.checkpoints, check=lambda path: damage(path, contents=False))
+    newest, passed = newest_verified(folder.checkpoints, looks_whole)
     status: dict[str, Any] = {
         "run": str(run),
         "plan": plan.name,
