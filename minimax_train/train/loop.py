@@ -108,6 +108,8 @@ class _Run:
         self.rewound: dict[str, Any] | None = None
         """What is said of going back, on the line of the next step."""
         self.mirror: Mirror | None = None
+        self.last: Path | None = None
+        """The last checkpoint that this process committed; the first rank's."""
         if session.is_first:
             self.folder.write_facts(facts(self.trainer, self.peak, self.held_out))
             self.metrics = Metrics(folder, step=self.progress.step, total_steps=plan.total_steps)
@@ -145,6 +147,8 @@ class _Run:
     def _finish_copies(self) -> None:
         assert self.mirror is not None
         self.mirror.finish(PATIENCE.total_seconds() / 2)
+        if self.last is not None:
+            self._prune()  # what had to stay as long as it was copied
 
     def _stage(self, stage: Stage, tick: Any) -> None:
         """The steps that are left of one stage."""
@@ -307,11 +311,14 @@ class _Run:
 
     def _committed(self, checkpoint: Path) -> None:
         if self.session.is_first:
-            keep, needed = self.plan.checkpoints, set[Path]()
+            self.last = checkpoint
             if self.mirror is not None:
                 self.mirror.copy(checkpoint)
-                needed = self.mirror.needed
-            prune(self.folder.checkpoints, keep.keep, keep.keep_every_tokens, verified=checkpoint, needed=needed)
+            self._prune()
+
+    def _prune(self) -> None:
+        keep, needed = self.plan.checkpoints, set() if self.mirror is None else self.mirror.needed
+        prune(self.folder.checkpoints, keep.keep, keep.keep_every_tokens, verified=self.last, needed=needed)
 
     def _not_saved(self, why: str) -> None:
         self.not_saved = why
