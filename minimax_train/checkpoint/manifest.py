@@ -18,6 +18,10 @@ NAME = "manifest.json"
 FORMAT = 1
 
 
+class Damage(ValueError):
+    """What is wrong with a manifest, or with the files that it lists."""
+
+
 class NewerFormat(ValueError):
     """Not damaged: written by a later version of this project. It is never set aside, and nothing goes on from an older one instead."""
 
@@ -60,23 +64,26 @@ def damage(folder: Path, *, contents: bool = True) -> str | None:
     tell. Without `contents` only names and sizes are looked at, which takes no time whatever the checkpoint's size."""
     try:
         entries = listed(folder)
-    except NewerFormat:
-        raise
-    except ValueError as error:
+    except Damage as error:
         return str(error)
     return next((wrong for name, entry in entries.items() if (wrong := damage_of(folder, name, entry, contents=contents))), None)
 
 
 def listed(folder: Path) -> dict[str, tuple[int, str]]:
-    """Size and checksum of every file, as the manifest says. ValueError, naming the file, where the manifest does not hold, a file is
+    """Size and checksum of every file, as the manifest says. Damage, naming the file, where the manifest does not hold, a file is
     missing, or one does not belong there; no other file is read."""
     if (folder / NAME).exists() and not (folder / NAME).is_file():
-        raise ValueError(f"{NAME} is not a plain file")
+        raise Damage(f"{NAME} is not a plain file")
     try:
         manifest = json.loads((folder / NAME).read_text())
+    except FileNotFoundError:
+        raise Damage(f"{NAME} is missing") from None
+    except (ValueError, RecursionError):  # of json, of its encoding, of a number with thousands of digits
+        raise Damage(f"{NAME} cannot be read") from None
+    try:
         body = {key: manifest[key] for key in ("format", "files")}
         if manifest["sha256"] != _body_digest(body):
-            raise ValueError(f"{NAME} was changed")
+            raise Damage(f"{NAME} was changed")
         if manifest["format"] != FORMAT:
             raise NewerFormat(
                 f"{folder} has format {manifest['format']}; this version reads {FORMAT}: use the version that wrote it, or move it away"
@@ -84,13 +91,11 @@ def listed(folder: Path) -> dict[str, tuple[int, str]]:
         entries = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
         if not all(type(size) is int and isinstance(digest, str) for size, digest in entries.values()):
             raise TypeError
-    except FileNotFoundError:
-        raise ValueError(f"{NAME} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{NAME} cannot be read") from None
+    except (RecursionError, KeyError, TypeError, AttributeError):
+        raise Damage(f"{NAME} cannot be read") from None
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()} - {NAME}
     for name in sorted(found ^ entries.keys()):
-        raise ValueError(f"{name} is missing" if name in entries else f"{name} does not belong there")
+        raise Damage(f"{name} is missing" if name in entries else f"{name} does not belong there")
     return entries
 
 

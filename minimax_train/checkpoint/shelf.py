@@ -27,8 +27,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def newest_verified(folder: Path, check: Callable[[Path], str | None] = damage) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint with which `check` finds nothing wrong, and what is wrong with every newer one."""
+    return newest_of(checkpoints_in(folder), check)
+
+
+def newest_of(checkpoints: list[Path], check: Callable[[Path], str | None]) -> tuple[Path | None, dict[Path, str]]:
+    """The same of these, oldest first."""
     passed: dict[Path, str] = {}
-    for checkpoint in reversed(checkpoints_in(folder)):
+    for checkpoint in reversed(checkpoints):
         wrong = check(checkpoint)
         if wrong is None:
             return checkpoint, passed

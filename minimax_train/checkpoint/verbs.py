@@ -10,7 +10,7 @@ from minimax_train.checkpoint.manifest import NewerFormat, damage, listed
 from minimax_train.checkpoint.mirror import mirror_of
 from minimax_train.checkpoint.record import read_record
 from minimax_train.checkpoint.repair import repair
-from minimax_train.checkpoint.shelf import checkpoints_in, newest_verified, resolve
+from minimax_train.checkpoint.shelf import checkpoints_in, newest_verified, no_folder, resolve
 from minimax_train.train.folder import RunFolder, owned
 
 
@@ -47,7 +47,7 @@ def copy(path: Path, final: Path) -> None:
     """Copies a checkpoint, or a run's newest that verifies, and prints how far it is."""
     source, done, lock = resolve(path), 0, Lock()
     if not source.is_dir():
-        raise ValueError(f"{source} is not a checkpoint: no such folder")
+        raise no_folder(source)
     whole = 2 * sum(size for size, _ in listed(source).values())  # read, and read back
 
     def tell(more: int) -> None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from minimax_train.checkpoint.manifest import NewerFormat, damage_of, listed
+from minimax_train.checkpoint.manifest import Damage, damage_of, listed
 from minimax_train.checkpoint.record import Record, read_record
-from minimax_train.checkpoint.shelf import checkpoints_in, damaged, no_folder, none_verifies
+from minimax_train.checkpoint.shelf import checkpoints_in, damaged, newest_of, no_folder, none_verifies
 from parallel.collectives import first_does, from_all
 from parallel.groups import Groups
 
@@ -33,13 +33,7 @@ def damage_shared(checkpoint: Path, groups: Groups) -> str | None:
 
 def newest_shared(folder: Path, groups: Groups) -> tuple[Path | None, dict[Path, str]]:
     """As `newest_verified`, on every rank alike; all call it."""
-    passed: dict[Path, str] = {}
-    for checkpoint in reversed(first_does(lambda: checkpoints_in(folder), groups.world)):
-        wrong = damage_shared(checkpoint, groups)
-        if wrong is None:
-            return checkpoint, passed
-        passed[checkpoint] = wrong
-    return None, passed
+    return newest_of(first_does(lambda: checkpoints_in(folder), groups.world), lambda checkpoint: damage_shared(checkpoint, groups))
 
 
 def open_shared(path: Path, groups: Groups) -> tuple[Path, Record]:
@@ -60,9 +54,7 @@ def open_shared(path: Path, groups: Groups) -> tuple[Path, Record]:
 def _listed(checkpoint: Path) -> dict[str, tuple[int, str]] | str:
     try:
         return listed(checkpoint)
-    except NewerFormat:
-        raise
-    except ValueError as error:
+    except Damage as error:
         return str(error)
 
 

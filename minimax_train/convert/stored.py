@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minimax_train.checkpoint.manifest import NewerFormat, damage_of, listed
+from minimax_train.checkpoint.manifest import Damage, damage_of, listed
 from minimax_train.checkpoint.record import NAME as RECORD
 from minimax_train.checkpoint.record import Record, read_record
 from minimax_train.checkpoint.shelf import TENSORS
@@ -36,9 +36,7 @@ class StoredModel:
             raise ValueError(f"{checkpoint} is not a checkpoint: no such folder")
         try:
             files = listed(checkpoint)
-        except NewerFormat:
-            raise
-        except ValueError as error:
+        except Damage as error:
             raise _damaged(checkpoint, str(error)) from None
         small = [RECORD, *(f"{TENSORS}/{name}" for name in (METADATA, *OWN_FILES)), *(n for n in files if n.startswith(f"{FOLDER}/"))]
         for name in small:

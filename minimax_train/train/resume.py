@@ -81,21 +81,18 @@ def open_data(plan: Plan) -> RunData:
 def open_run(plan: Plan, folder: RunFolder, groups: Groups, overrides: Sequence[str] = ()) -> Opening:
     """Checks everything that can be checked before the model exists; all ranks call it. `overrides`: the settings of `plan` in which it may
     differ from the run's."""
-    first_does(lambda: _check_data(plan), groups.world)
+    data: list[RunData] = []  # the first rank's; before the minutes that a large checkpoint's checksums take
+    first_does(lambda: data.append(open_data(plan)), groups.world)
     newest, passed = newest_shared(folder.checkpoints, groups)
     start = None
     if newest is None and plan.start.checkpoint is not None:  # a run that was begun needs it no more
         start = open_shared(Path(plan.start.checkpoint), groups)
-    return first_does(lambda: _open(plan, folder, start, newest, passed, overrides), groups.world)
-
-
-def _check_data(plan: Plan) -> None:
-    """Bad data is told at once, and not behind the minutes that a large checkpoint's checksums take."""
-    open_data(plan)
+    return first_does(lambda: _open(plan, data[0], folder, start, newest, passed, overrides), groups.world)
 
 
 def _open(
     plan: Plan,
+    data: RunData,
     folder: RunFolder,
     start: tuple[Path, Record] | None,
     newest: Path | None,
@@ -103,24 +100,25 @@ def _open(
     overrides: Sequence[str],
 ) -> Opening:
     """The first rank's part of it, with what verified."""
-    data, beginning = open_data(plan), [] if start is None else [_check_start(plan, *start)]
+    beginning = [] if start is None else [_check_start(plan, *start)]
+    record = None if newest is None else read_record(newest)
+    progress = Progress() if record is None else record.progress
     if (place := mirror_of(plan.checkpoints, folder.path)) is not None:
         claim(place, folder.path)
-    notes = folder.adopt(plan, list(overrides), Progress() if newest is None else read_record(newest).progress)
+    notes = folder.adopt(plan, list(overrides), progress)
     notes += [f"removed {path}, left by a run that was stopped while saving" for path in remove_leftovers(folder.checkpoints)]
     notes += planned_epochs(plan, data.sources)
-    folder.mark_finished(plan, Progress() if newest is None else read_record(newest).progress)
-    if newest is None:
+    folder.mark_finished(plan, progress)
+    if newest is None or record is None:
         remedy = f"`checkpoint repair {folder.path}` brings back what has copies; or move them away to start again"
         if passed:
             raise ValueError(f"no checkpoint of {folder.path} verifies: {describe(passed)}; {remedy}")
         if aside := sorted(path.name for path in folder.checkpoints.glob("damaged-*")):
             raise ValueError(f"{folder.path} has no checkpoint but damaged ones ({', '.join(aside)}); {remedy}")
-        checkpoint, record = start or (None, None)
+        checkpoint, begun = start or (None, None)
         if checkpoint is not None:
             keep(checkpoint, folder.path)
-        return Opening(checkpoint=checkpoint, record=record, resumed=False, notes=notes + beginning)
-    record = read_record(newest)
+        return Opening(checkpoint=checkpoint, record=begun, resumed=False, notes=notes + beginning)
     check_architecture(record, plan.model, newest)
     _check_sources(record, data, newest)
     notes += [f"damaged checkpoint {path} ({wrong}) was set aside as {set_aside(path)}" for path, wrong in passed.items()]

@@ -62,6 +62,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "stray": (stray, "__1_0.distcp does not belong there"),
     "link": (link, "is not a plain file"),
     "no manifest": (lambda c: (c / NAME).unlink(), "manifest.json is missing"),
+    "a number of 5,000 digits": (lambda c: (c / NAME).write_text("9" * 5000), "manifest.json cannot be read"),
     "no record": (lambda c: (c / "checkpoint.json").unlink(), "checkpoint.json is missing"),
 }
 
