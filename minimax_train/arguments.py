@@ -65,26 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     counted = recipe(add("count", "count", "Parameters and FLOPs per token, without allocating anything."))
     counted.add_argument("--json", action="store_true")
     _add_plan(recipe(add("plan", "plan", "Memory per rank of every stage on so many GPUs; refused layouts, and why. Allocates nothing.")))
-    trained = recipe(add("train", "train", "Run every stage of a plan; goes on by itself where the run stopped."))
-    trained.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder")
-    trained.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
-    trained.add_argument("--stage", metavar="NAME", help="this stage only, whose turn it must be; without, all that are left")
-    about = "change one field of a run that was begun, from its next step on; it stays so, and is noted in RUN/overrides.jsonl"
-    trained.add_argument("--override", metavar="a.b=c", action="append", default=[], dest="overrides", help=about)
-    trained.add_argument(
-        "--hang-seconds",
-        metavar="S",
-        type=float,
-        help="a rank that holds the others up for so long is named and all end with status 70; 0: never (default: 4 on CPU, 30 on CUDA)",
-    )
-    trained.add_argument(
-        "--restarts",
-        metavar="N",
-        type=int,
-        default=0,
-        help="of --ranks N: times that the ranks are started again after one failed or was named",
-    )
-    trained.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
+    _add_train(recipe(add("train", "train", "Run every stage of a plan; goes on by itself where the run stopped.")))
     about = (
         "Put a run's stages into Slurm's queue, one job each, every one after the one before. Instead of a recipe: data prepare, convert"
     )
@@ -114,16 +95,41 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("run", metavar="RUN", type=Path)
         if name == "status":
             made.add_argument("--json", action="store_true")
-    doctor = recipe(add("doctor", "doctor", "What this machine has, and whether a plan would run on it."), optional=True)
-    doctor.add_argument("--node", metavar="DIR", type=Path, help="preflight of a job's node: write what is wrong into DIR")
-    doctor.add_argument("--gpus", metavar="N", type=int, default=0, help="with --node: GPUs that must be there")
-    doctor.add_argument("--space", metavar="PATH", type=Path, default=Path(), help="with --node: where the run writes")
-    doctor.add_argument("--free-gib", metavar="N", type=int, default=0, help="with --node: free space wanted there")
-    doctor.add_argument("--collectives", metavar="DIR", type=Path, help="preflight of a job's ranks: all talk, and say in DIR how it went")
-    doctor.add_argument("--seconds", metavar="N", type=float, default=120.0, help="with --collectives: at most so long (default: 120)")
-    doctor.add_argument("--least", metavar="GB/S", type=float, default=0.0, help="with --collectives: slower is wrong (default: none is)")
-    doctor.add_argument("--device", choices=("cpu", "cuda"), help="with --collectives (default: cuda where torch can use one)")
+    _add_doctor(recipe(add("doctor", "doctor", "What this machine has, and whether a plan would run on it."), optional=True))
     return parser
+
+
+def _add_train(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--to", metavar="RUN", type=Path, required=True, help="the run's folder")
+    made.add_argument("--ranks", metavar="N", type=int, help="local processes to start (default 1); torchrun and srun bring their own")
+    made.add_argument("--stage", metavar="NAME", help="this stage only, whose turn it must be; without, all that are left")
+    about = "change one field of a run that was begun, from its next step on; it stays so, and is noted in RUN/overrides.jsonl"
+    made.add_argument("--override", metavar="a.b=c", action="append", default=[], dest="overrides", help=about)
+    made.add_argument(
+        "--hang-seconds",
+        metavar="S",
+        type=float,
+        help="a rank that holds the others up for so long is named and all end with status 70; 0: never (default: 4 on CPU, 30 on CUDA)",
+    )
+    made.add_argument(
+        "--restarts",
+        metavar="N",
+        type=int,
+        default=0,
+        help="of --ranks N: times that the ranks are started again after one failed or was named",
+    )
+    made.add_argument("--profile", action="store_true", help="trace two steps to RUN/profile")
+
+
+def _add_doctor(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--node", metavar="DIR", type=Path, help="preflight of a job's node: write what is wrong into DIR")
+    made.add_argument("--gpus", metavar="N", type=int, default=0, help="with --node: GPUs that must be there")
+    made.add_argument("--space", metavar="PATH", type=Path, default=Path(), help="with --node: where the run writes")
+    made.add_argument("--free-gib", metavar="N", type=int, default=0, help="with --node: free space wanted there")
+    made.add_argument("--collectives", metavar="DIR", type=Path, help="preflight of a job's ranks: all talk, and say in DIR how it went")
+    made.add_argument("--seconds", metavar="N", type=float, default=120.0, help="with --collectives: at most so long (default: 120)")
+    made.add_argument("--least", metavar="GB/S", type=float, default=0.0, help="with --collectives: slower is wrong (default: none is)")
+    made.add_argument("--device", choices=("cpu", "cuda"), help="with --collectives (default: cuda where torch can use one)")
 
 
 def _add_plan(made: argparse.ArgumentParser) -> None:
